@@ -1,0 +1,70 @@
+"""Which implementation runs: the one rule for every op.
+
+implementation=None         the kernel on a Hopper GPU (sm_90), the plain-JAX reference on a CPU, a ValueError anywhere else
+implementation="hopper"     the kernel, or a ValueError
+implementation="reference"  plain JAX, anywhere
+
+The platform is known only when a computation is lowered (a CPU host may compile for a GPU), so the choice is made there and the error is
+raised there: both before anything runs. Nothing falls back silently.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+IMPLEMENTATIONS = (None, "hopper", "reference")
+HOPPER = "9.0"
+
+
+def dispatch(op: str, implementation, *operands, hopper, reference, **options):
+    """Calls `hopper(*operands, **options)` or `reference(*operands, **options)`: two module-level functions of one signature.
+
+    `op` is named in errors; the options are static. Compiled once for each shape, as under `jax.jit`.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected None, 'hopper' or 'reference', got {implementation!r}")
+    return _dispatch(op, implementation, hopper, reference, tuple(sorted(options.items())), *operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _dispatch(op, implementation, hopper, reference, options, *operands):
+    kernel = functools.partial(hopper, **dict(options))
+    plain = functools.partial(reference, **dict(options))
+    if implementation == "reference":
+        return plain(*operands)
+    if implementation == "hopper":
+        return lax.platform_dependent(*operands, cuda=_on_hopper(op, kernel), default=_on_hopper(op, plain))
+    return lax.platform_dependent(*operands, cpu=plain, cuda=_on_hopper(op, kernel), default=_on_hopper(op, plain))
+
+
+def _on_hopper(op, function):
+    """`function`, with results that refuse to be lowered for anything but a Hopper GPU."""
+    return lambda *operands: jax.tree.map(functools.partial(_hopper_only.bind, op=op), function(*operands))
+
+
+def _lower_hopper_only(ctx, x, *, op):
+    platforms = ctx.module_context.platforms
+    if tuple(platforms) != ("cuda",):
+        raise ValueError(
+            f"{op}: implementation='hopper' needs an NVIDIA Hopper GPU (sm_90), and this is being compiled for {'/'.join(platforms)}"
+        )
+    for capability in _local_capabilities():
+        if capability != HOPPER:
+            raise ValueError(f"{op}: needs an NVIDIA Hopper GPU (sm_90), and this machine's has compute capability {capability}")
+    return [x]
+
+
+def _local_capabilities() -> set[str]:
+    """Compute capabilities of the GPUs of this process; empty where there are none (compiling ahead of time, for another machine)."""
+    if jax.default_backend() != "gpu":
+        return set()
+    return {device.compute_capability for device in jax.local_devices(backend="gpu")}
+
+
+_hopper_only = Primitive("hopper_only")  # the identity, wherever it may run
+_hopper_only.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_hopper_only, _lower_hopper_only)
+batching.primitive_batchers[_hopper_only] = lambda xs, dims, **params: (_hopper_only.bind(*xs, **params), dims[0])

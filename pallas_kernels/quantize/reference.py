@@ -1,0 +1,100 @@
+"""Plain JAX of the quantise ops: the definition of every code and every scale.
+
+scale = max(amax, 1e-4) / 448 for activation tiles, amax / 448 for weight blocks (1 for a block of zeros), code = e4m3(x / scale), all in
+float32. With pow2, the scale is rounded up to a power of two. A NaN in a tile makes its scale NaN; an Inf makes the scale Inf and its
+own code NaN: neither touches another tile.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.quantized import BLOCK, E4M3, E4M3_MAX, Quantized, num_blocks, pad_to
+
+AMAX_FLOOR = 1e-4  # of activation tiles, as in the released inference code; weights have none
+
+
+def quantize_tiles(x, *, pow2=False) -> Quantized:
+    *lead, rows, k = x.shape
+    padded = pad_to(x.astype(jnp.float32), (*lead, rows, num_blocks(k) * BLOCK))
+    groups = padded.reshape(*lead, rows, num_blocks(k), BLOCK)
+    scales = tile_scales(jnp.max(jnp.abs(groups), axis=-1), pow2=pow2)
+    values = (groups / scales[..., None]).astype(E4M3).reshape(padded.shape)[..., :k]
+    return Quantized.tiles(values, scales)
+
+
+def quantize_blocks(w, *, pow2=False) -> Quantized:
+    *lead, n, k = w.shape
+    nb, kb = num_blocks(n), num_blocks(k)
+    padded = pad_to(w.astype(jnp.float32), (*lead, nb * BLOCK, kb * BLOCK))
+    blocks = padded.reshape(*lead, nb, BLOCK, kb, BLOCK)
+    scales = divide_by_max(jnp.max(jnp.abs(blocks), axis=(-3, -1)))
+    scales = jnp.where(scales == 0, 1.0, round_up_to_power_of_two(scales) if pow2 else scales)
+    values = (blocks / scales[..., :, None, :, None]).astype(E4M3).reshape(padded.shape)[..., :n, :k]
+    return Quantized.blocks(values, scales)
+
+
+def swiglu_quantize(gate_up, *, pow2=False) -> Quantized:
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return quantize_tiles(jax.nn.silu(gate) * up, pow2=pow2)
+
+
+def rmsnorm_quantize(x, weight, *, eps=1e-6, pow2=False) -> Quantized:
+    x = x.astype(jnp.float32)
+    normed = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return quantize_tiles(normed * weight.astype(jnp.float32), pow2=pow2)
+
+
+def quantize_both(x, group_sizes=None, *, pow2=False) -> tuple[Quantized, Quantized]:
+    return quantize_tiles(x, pow2=pow2), quantize_tiles(_grouped_transpose(x, group_sizes), pow2=pow2)
+
+
+def requantize_transposed(q, group_sizes=None, *, pow2=False) -> Quantized:
+    return quantize_tiles(_grouped_transpose(q.dequantize(), group_sizes), pow2=pow2)
+
+
+def padded_tokens(tokens: int, num_groups: int) -> int:
+    """T': room for `tokens` in `num_groups` groups, each padded to a multiple of 128, however they are spread."""
+    return (tokens + (BLOCK - 1) * num_groups) // BLOCK * BLOCK
+
+
+def padded_starts(group_sizes):
+    """Where each group starts [G + 1] int32 in an axis of tokens in which groups are padded to multiples of 128; the last is the end."""
+    ends = jnp.cumsum((group_sizes.astype(jnp.int32) + BLOCK - 1) // BLOCK * BLOCK)
+    return jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
+
+
+def _grouped_transpose(x, group_sizes):
+    """x [T, K] -> [K, T'], each group (one if None) followed by zeros up to a multiple of 128 tokens."""
+    tokens, k = x.shape
+    if group_sizes is None:
+        return pad_to(x.T, (k, num_blocks(tokens) * BLOCK))
+    sizes = group_sizes.astype(jnp.int32)
+    starts = padded_starts(sizes)
+    position = jnp.arange(padded_tokens(tokens, len(sizes)), dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(starts, position, side="right").astype(jnp.int32) - 1, len(sizes) - 1)
+    offset = position - starts[group]
+    source = (jnp.cumsum(sizes) - sizes)[group] + offset
+    rows = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+    return jnp.where((offset < sizes[group])[:, None], rows, 0).T
+
+
+def tile_scales(amax, *, pow2):
+    """Scales of activation tiles from their largest magnitudes, float32."""
+    scales = divide_by_max(jnp.maximum(amax, AMAX_FLOOR))
+    return round_up_to_power_of_two(scales) if pow2 else scales
+
+
+def divide_by_max(amax):
+    """amax / 448, rounded once. XLA turns division by a constant into a multiplication by its rounded reciprocal, which is one unit off
+    for half of the values, so the divisor is made to depend on the data: amax has no sign bit, but XLA does not know that."""
+    sign = lax.bitcast_convert_type(amax, jnp.uint32) >> 31
+    divisor = lax.bitcast_convert_type(lax.bitcast_convert_type(jnp.float32(E4M3_MAX), jnp.uint32) + sign, jnp.float32)
+    return amax / divisor
+
+
+def round_up_to_power_of_two(x):
+    """The smallest power of two >= x, for x >= 0 in float32, by exponent bits (exp2 and log2 are not exact). NaN and Inf stay."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = lax.bitcast_convert_type((bits + jnp.uint32(0x007FFFFF)) & jnp.uint32(0xFF800000), jnp.float32)
+    return jnp.where(jnp.isnan(x), x, rounded)
