@@ -1,0 +1,130 @@
+"""Multi-head latent attention (DeepSeek-V3 report §2.1.1), materialised for training and prefill, absorbed for decode."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import rope
+from dsv3_jax.model.module import Module, ones, rms_norm, weight
+from dsv3_jax.precision import Recipe
+from pallas_kernels.mla_decode import mla_append, mla_decode
+
+# The norms of the latents use this epsilon in every released implementation, whatever `rms_norm_eps` says.
+_LATENT_NORM_EPS = 1e-6
+
+
+class Positions(NamedTuple):
+    """What attention must know of where tokens stand. positions [B, S] int32; segment_ids [B, S] int32 or None (one document a row)."""
+
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids: jax.Array | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, positions_BS: jax.Array, segment_ids_BS: jax.Array | None = None) -> "Positions":
+        return cls(*rope.tables(config, positions_BS), segment_ids_BS)
+
+
+class PagedCache(NamedTuple):
+    """One layer's latent cache and where this call's sequences live in it.
+
+    pages [P, 64, C + R] (or uint8 [P, 64, 656], FP8); page_table [B, pages] int32; lengths [B] int32, the new tokens included;
+    write_positions [B, S] int32, where the new tokens go, -1 for padding that is not to be written.
+    """
+
+    pages: jax.Array
+    page_table: jax.Array
+    lengths: jax.Array
+    write_positions: jax.Array
+
+
+class MLA(Module):
+    """Multi-head latent attention of one layer."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs):
+        self.config, self.recipe = config, recipe
+        c, std = config, config.initializer_range
+        heads_QK = c.num_attention_heads * c.qk_head_dim
+        if c.q_lora_rank is None:
+            self.q_proj = weight(rngs, (heads_QK, c.hidden_size), ("heads", "embed"), std)
+        else:
+            self.q_a_proj = weight(rngs, (c.q_lora_rank, c.hidden_size), ("q_latent", "embed"), std)
+            self.q_a_layernorm = ones((c.q_lora_rank,), ("q_latent",))
+            self.q_b_proj = weight(rngs, (heads_QK, c.q_lora_rank), ("heads", "q_latent"), std)
+        self.kv_a_proj_with_mqa = weight(rngs, (c.latent_dim, c.hidden_size), ("kv_latent", "embed"), std)
+        self.kv_a_layernorm = ones((c.kv_lora_rank,), ("kv_latent",))
+        heads_KV = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        self.kv_b_proj = weight(rngs, (heads_KV, c.kv_lora_rank), ("heads", "kv_latent"), std)
+        self.o_proj = weight(rngs, (c.hidden_size, c.num_attention_heads * c.v_head_dim), ("embed", "heads"), std)
+
+    def __call__(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
+        """Causal attention over the row itself, materialised: [B, S, D] -> [B, S, D]."""
+        return self.output(self.attend(*self.project(x_BSD, where), where.segment_ids))
+
+    def project(self, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, S, H, N+R] and latents [B, S, C+R] (post-norm latent ‖ post-RoPE key: what a cache holds)."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.linear("q_proj", x_BSD)
+        else:
+            q_BSQ = checkpoint_name(self.linear("q_a_proj", x_BSD), "q_latent")
+            q = self.linear("q_b_proj", rms_norm(q_BSQ, self.q_a_layernorm[...], _LATENT_NORM_EPS))
+        q_BSHd = q.reshape(*x_BSD.shape[:2], c.num_attention_heads, c.qk_head_dim)
+        q_nope, q_rope = jnp.split(q_BSHd, [c.qk_nope_head_dim], axis=-1)
+        q_rope = rope.rotate(q_rope, where.cos[:, :, None], where.sin[:, :, None])
+        kv = checkpoint_name(self.linear("kv_a_proj_with_mqa", x_BSD), "kv_latent")
+        latent, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
+        latent = rms_norm(latent, self.kv_a_layernorm[...], _LATENT_NORM_EPS)
+        k_rope = rope.rotate(k_rope, where.cos, where.sin)
+        return jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([latent, k_rope], axis=-1)
+
+    def attend(self, q_BSHd: jax.Array, latent_BSC: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array:
+        """Materialise keys and values of the latents and attend causally: -> [B, S, H, V]."""
+        c = self.config
+        latent, k_rope = jnp.split(latent_BSC, [c.kv_lora_rank], axis=-1)
+        kv = self.linear("kv_b_proj", latent).reshape(*latent.shape[:2], c.num_attention_heads, -1)
+        k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
+        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        return checkpoint_name(causal_attention(q_BSHd, k, v, rope.softmax_scale(c), segment_ids_BS), "attention")
+
+    def output(self, attended_BSHV: jax.Array) -> jax.Array:
+        """The output projection: [B, S, H, V] -> [B, S, D]."""
+        return self.linear("o_proj", attended_BSHV.reshape(*attended_BSHV.shape[:2], -1))
+
+    def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
+        """Write the new tokens' latents into the cache and attend to all of it, absorbed (report §2.1.1; DeepSeek-V2 appendix).
+
+        The up-projections of keys and values act on queries and outputs instead, so that attention runs on the latents alone.
+        Returns ([B, S, D], the new pages).
+        """
+        c = self.config
+        q_BSHd, latent_BSC = self.project(x_BSD, where)
+        pages = mla_append(cache.pages, latent_BSC, cache.page_table, cache.write_positions)
+        kv_b = self.dense_weight("kv_b_proj").reshape(c.num_attention_heads, -1, c.kv_lora_rank)
+        w_uk_HNC, w_uv_HVC = jnp.split(kv_b, [c.qk_nope_head_dim], axis=1)
+        q_nope, q_rope = jnp.split(q_BSHd, [c.qk_nope_head_dim], axis=-1)
+        precision = self.recipe.product_precision
+        q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, w_uk_HNC, precision=precision)
+        q = jnp.concatenate([q_latent, q_rope], axis=-1)
+        attended_BSHC, _ = mla_decode(
+            q, pages, cache.page_table, cache.lengths, softmax_scale=rope.softmax_scale(c), out_dtype=self.recipe.compute_dtype
+        )
+        attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, w_uv_HVC, precision=precision)
+        return self.output(attended_BSHV), pages
+
+
+def causal_attention(q_BSHd, k_BSHd, v_BSHV, scale: float, segment_ids_BS: jax.Array | None) -> jax.Array:
+    """softmax(q kᵀ scale) v over earlier tokens of the same segment, softmax in float32. -> [B, S, H, V] in v's dtype."""
+    precision = jax.lax.Precision.HIGHEST if v_BSHV.dtype == jnp.float32 else None
+    scores = jnp.einsum("bshd,bthd->bhst", q_BSHd, k_BSHd, precision=precision, preferred_element_type=jnp.float32) * scale
+    length = q_BSHd.shape[1]
+    mask = jnp.tril(jnp.ones((length, length), bool))
+    if segment_ids_BS is not None:
+        mask = mask & (segment_ids_BS[:, None, :, None] == segment_ids_BS[:, None, None, :])
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v_BSHV.dtype)
+    return jnp.einsum("bhst,bthv->bshv", weights, v_BSHV, precision=precision)

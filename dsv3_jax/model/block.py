@@ -1,0 +1,52 @@
+"""One transformer layer: pre-norm attention, then a dense or a mixture-of-experts feed-forward network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import MLA, PagedCache, Positions
+from dsv3_jax.model.mlp import MLP
+from dsv3_jax.model.module import Module, ones, rms_norm
+from dsv3_jax.model.moe import Exchange, MoE, RouterStats
+from dsv3_jax.precision import Recipe
+
+
+class DecoderLayer(Module):
+    """x += attention(norm(x)); x += ffn(norm(x)). A dense layer's RouterStats are empty: [0] loads, zero loss."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs, *, dense: bool, exchange: Exchange):
+        self.config, self.recipe, self.dense = config, recipe, dense
+        self.input_layernorm = ones((config.hidden_size,), ("embed",))
+        self.self_attn = MLA(config, recipe, rngs)
+        self.post_attention_layernorm = ones((config.hidden_size,), ("embed",))
+        if dense:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config, recipe, rngs)
+        else:
+            self.mlp = MoE(config, recipe, rngs, exchange)
+
+    def __call__(self, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, RouterStats]:
+        """[B, S, D] -> ([B, S, D], router statistics), attending within the rows."""
+        with jax.named_scope("attention"):
+            x_BSD = x_BSD + self.self_attn(self._norm("input_layernorm", x_BSD), where)
+        return self.feed_forward(x_BSD)
+
+    def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """The same for new tokens over a paged cache: also returns the new pages."""
+        with jax.named_scope("attention"):
+            attended, pages = self.self_attn.decode(self._norm("input_layernorm", x_BSD), where, cache)
+        x_BSD, stats = self.feed_forward(x_BSD + attended)
+        return x_BSD, pages, stats
+
+    def feed_forward(self, x_BSD: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """The second half of the layer."""
+        normed = self._norm("post_attention_layernorm", x_BSD)
+        if self.dense:
+            with jax.named_scope("mlp"):
+                return x_BSD + self.mlp(normed), RouterStats(jnp.zeros((0,), jnp.float32), jnp.zeros((), jnp.float32))
+        with jax.named_scope("moe"):
+            y_BSD, stats = self.mlp(normed)
+            return x_BSD + y_BSD, stats
+
+    def _norm(self, name, x):
+        return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps)

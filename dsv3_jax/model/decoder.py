@@ -1,0 +1,164 @@
+"""The whole model: pure functions of a parameter dict.
+
+Parameters: {"embed" [W, D], "dense_layers": {...} [L, ...], "moe_layers": {...} [L, ...], "final_norm" [D], "lm_head" [W, D], "mtp": {...}}.
+The names inside a layer are those of the released checkpoints. A stack that is empty is left out.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import module
+from dsv3_jax.model.attention import PagedCache, Positions
+from dsv3_jax.model.block import DecoderLayer
+from dsv3_jax.model.moe import Exchange, RouterStats, exchange_locally
+from dsv3_jax.model.mtp import MTP
+from dsv3_jax.precision import FLOAT32, Recipe, linear
+
+_REMAT_POLICIES = {
+    # Recompute everything inside a layer; keep its input.
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    # The report's choice (§3.2.3): keep what is expensive, recompute RMSNorm, the MLA up-projections and SwiGLU.
+    "norms_and_up": jax.checkpoint_policies.save_only_these_names("q_latent", "kv_latent", "attention", "gate_up"),
+}
+
+
+class Output(NamedTuple):
+    """hidden [B, S, D]: after the last layer, before the final norm; stats: of the MoE layers, load [L, E], balance_loss [L]."""
+
+    hidden_BSD: jax.Array
+    stats: RouterStats
+
+
+class Decoder:
+    """A DeepSeek-V3 type model. `remat`: what the backward pass recomputes ("none", "layer", "norms_and_up")."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe = FLOAT32, *, remat: str = "none", exchange: Exchange = exchange_locally):
+        if config.num_nextn_predict_layers > 1:
+            raise UserError(
+                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: one MTP module at most is supported (report D = 1)"
+            )
+        self.config, self.recipe, self.remat = config, recipe, remat
+        layer = functools.partial(DecoderLayer, config, recipe, exchange=exchange)
+        self._makers = {}  # stack name -> (how one of its modules is made, how many there are; None: not stacked)
+        if config.first_k_dense_replace:
+            self._makers["dense_layers"] = (lambda rngs: layer(rngs, dense=True), config.first_k_dense_replace)
+        if config.num_moe_layers:
+            self._makers["moe_layers"] = (lambda rngs: layer(rngs, dense=False), config.num_moe_layers)
+        if config.num_nextn_predict_layers:
+            self._makers["mtp"] = (lambda rngs: MTP(config, recipe, rngs, exchange=exchange), None)
+        self.modules = {name: module.abstract(make) for name, (make, _) in self._makers.items()}
+
+    # Parameters.
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh float32 parameters: normal with std `initializer_range`, norms one, router bias zero (report §4.2)."""
+        config, keys = self.config, iter(jax.random.split(key, 2 + len(self._makers)))
+        params = {}
+        for name in ("embed", "lm_head"):
+            params[name] = config.initializer_range * jax.random.normal(next(keys), (config.vocab_size, config.hidden_size), jnp.float32)
+        params["final_norm"] = jnp.ones((config.hidden_size,), jnp.float32)
+        for name, (make, count) in self._makers.items():
+            one = functools.partial(module.init, make)
+            params[name] = one(next(keys)) if count is None else jax.vmap(one)(jax.random.split(next(keys), count))
+        return params
+
+    def abstract_params(self) -> dict:
+        """Shapes and dtypes of `init`, nothing allocated."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> dict:
+        """The logical axis names of every parameter, in the structure of `init`."""
+        axes = {"embed": ("vocab", "embed"), "lm_head": ("vocab", "embed"), "final_norm": ("embed",)}
+        for name, (_, count) in self._makers.items():
+            one = module.logical_axes(self.modules[name])
+            is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+            axes[name] = one if count is None else jax.tree.map(lambda names: ("layers", *names), one, is_leaf=is_axes)
+        return axes
+
+    # Forward passes over whole rows: training, evaluation.
+
+    def __call__(self, params: dict, tokens_BS: jax.Array, positions_BS=None, segment_ids_BS=None) -> Output:
+        """Run all layers over rows of tokens int32 [B, S]; positions count from 0 by default; attention stays within a segment."""
+        where = self.positions(tokens_BS, positions_BS, segment_ids_BS)
+        x_BSD, stats = self.embed(params, tokens_BS), None
+        for name in ("dense_layers", "moe_layers"):
+            if name in self._makers:
+                x_BSD, stats = self._run_stack(name, params[name], x_BSD, where)
+        return Output(x_BSD, stats)
+
+    def positions(self, tokens_BS, positions_BS=None, segment_ids_BS=None) -> Positions:
+        """Rotary tables of the rows' positions."""
+        if positions_BS is None:
+            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        return Positions.of(self.config, positions_BS, segment_ids_BS)
+
+    def embed(self, params: dict, tokens_BS: jax.Array) -> jax.Array:
+        """Token embeddings [B, S, D] in the compute dtype."""
+        return params["embed"][tokens_BS].astype(self.recipe.compute_dtype)
+
+    def _run_stack(self, name, stacked, x_BSD, where):
+        def layer(x_BSD, params):
+            return module.bind(self.modules[name], params)(x_BSD, where)
+
+        return jax.lax.scan(self._rematerialised(layer), x_BSD, stacked)
+
+    def _rematerialised(self, function):
+        if self.remat == "none":
+            return function
+        return jax.checkpoint(function, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+
+    def final_norm(self, params: dict, hidden_BSD: jax.Array) -> jax.Array:
+        """The norm before the head."""
+        return module.rms_norm(hidden_BSD, params["final_norm"], self.config.rms_norm_eps)
+
+    def head(self, params: dict, normed_BSD: jax.Array) -> jax.Array:
+        """Logits float32 [B, S, W] of normed hidden states."""
+        return linear(normed_BSD, params["lm_head"], None, self.recipe.unquantised, jnp.float32)
+
+    def logits(self, params: dict, tokens_BS: jax.Array, positions_BS=None, segment_ids_BS=None) -> jax.Array:
+        """Next-token logits float32 [B, S, W]."""
+        return self.head(params, self.final_norm(params, self(params, tokens_BS, positions_BS, segment_ids_BS).hidden_BSD))
+
+    def mtp(self, params: dict, hidden_BSD, next_tokens_BS, positions_BS=None, segment_ids_BS=None) -> tuple[jax.Array, RouterStats]:
+        """Normed hidden states [B, S, D] that predict the token after next.
+
+        hidden_BSD: the main model's, before its final norm; next_tokens_BS: the token that follows each position.
+        """
+        where = self.positions(next_tokens_BS, positions_BS, segment_ids_BS)
+
+        def run(mtp_params, hidden_BSD, embedding_BSD):
+            return module.bind(self.modules["mtp"], mtp_params)(hidden_BSD, embedding_BSD, where)
+
+        return self._rematerialised(run)(params["mtp"], self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS))
+
+    def mtp_input(self, params: dict, hidden_BSD: jax.Array) -> jax.Array:
+        """The hidden state as the MTP module takes it (config.mtp_hidden)."""
+        return self.final_norm(params, hidden_BSD) if self.config.mtp_hidden == "post_norm" else hidden_BSD
+
+    # Passes over a paged cache: serving.
+
+    def decode(self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B) -> tuple[jax.Array, dict, RouterStats]:
+        """New tokens of each sequence over the paged cache, absorbed.
+
+        tokens, positions int32 [B, S] (position -1: padding, not written); caches: {"dense_layers": pages [L, P, 64, C+R], "moe_layers": ...};
+        page_table [B, pages]; lengths [B], new tokens included. Returns (hidden before the final norm [B, S, D], the new caches, stats).
+        """
+        where = self.positions(tokens_BS, jnp.maximum(positions_BS, 0))
+        x_BSD, stats, new_caches = self.embed(params, tokens_BS), None, dict(caches)
+        for name in ("dense_layers", "moe_layers"):
+            if name not in self._makers:
+                continue
+
+            def layer(x_BSD, params_and_pages, name=name):
+                layer_params, pages = params_and_pages
+                cache = PagedCache(pages, page_table, lengths_B, positions_BS)
+                x_BSD, pages, stats = module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache)
+                return x_BSD, (pages, stats)
+
+            x_BSD, (new_caches[name], stats) = jax.lax.scan(layer, x_BSD, (params[name], caches[name]))
+        return x_BSD, new_caches, stats

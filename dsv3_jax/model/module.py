@@ -1,0 +1,99 @@
+"""How NNX modules define parameters, and how pure dicts of arrays are bound to them.
+
+A module says what its weights are (shape, logical axes, initial values) and what it computes. Parameters live outside, as a pure
+nested dict of arrays that goes through `jax.jit`, `lax.scan` and checkpoints; `bind` puts such a dict into a copy of a module.
+Beside a weight `name` the dict may hold `name_scale` (the weight is then float8_e4m3fn with 128x128 block scales) and `name_tap`
+(see dsv3_jax.precision.linear).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.precision import Recipe, grouped_linear, linear
+
+
+class Module(nnx.Module):
+    """Base of the model's modules. `recipe`: the numeric recipe of its products."""
+
+    recipe: Recipe
+
+    def linear(self, name: str, x: jax.Array) -> jax.Array:
+        """x [..., K] times the weight `name` [..., N, K] (leading axes of the weight are merged into N)."""
+        w, tap = self._weight_and_tap(name)
+        return linear(x, w.reshape(-1, w.shape[-1]), tap, self.recipe)
+
+    def dense_weight(self, name: str) -> jax.Array:
+        """The weight `name` itself in the compute dtype, where it is not used as a product."""
+        return getattr(self, name)[...].astype(self.recipe.compute_dtype)
+
+    def grouped_linear(self, name: str, x_RK: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        """Rows sorted by expert times the weight `name` [E, ..., N, K]."""
+        w, tap = self._weight_and_tap(name)
+        return grouped_linear(x_RK, w.reshape(w.shape[0], -1, w.shape[-1]), group_sizes_E, tap, self.recipe)
+
+    def _weight_and_tap(self, name: str):
+        return getattr(self, name)[...], getattr(self, name + "_tap", None)
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
+    """A float32 weight drawn from a normal distribution, with the logical names of its axes."""
+    assert len(shape) == len(axes)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def ones(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """The gain of a norm."""
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+class RouterBias(nnx.Variable):
+    """The router's selection bias: saved with the parameters, moved by the load, never by a gradient."""
+
+
+def init(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> dict:
+    """The initial parameters of a module as a pure dict."""
+    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key))))
+
+
+def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The module with shapes instead of arrays: a template for `bind`."""
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
+def logical_axes(module: nnx.Module) -> dict:
+    """The logical axis names of every parameter, in the structure of `init`."""
+    axes = jax.tree.map(
+        lambda variable: variable.get_metadata()["axes"], nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    return nnx.to_pure_dict(axes)
+
+
+def bind(module: Any, params: Mapping) -> Any:
+    """A copy of `module` whose weights are `params` (arrays or tracers). Raises KeyError when a weight is missing."""
+    bound = nnx.clone(module)
+    _assign(bound, params)
+    return bound
+
+
+def _assign(module, params):
+    for name, variable in list(vars(module).items()):
+        if isinstance(variable, nnx.Variable) and name not in params:
+            raise KeyError(f"missing parameter {name!r} of {type(module).__name__}")
+    for name, value in params.items():
+        if name.endswith("_tap"):
+            setattr(module, name, nnx.data(value))
+        elif isinstance(value, Mapping):
+            _assign(getattr(module, name), value)
+        else:
+            setattr(module, name, nnx.Param(value))
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis: in float32, cast back, then times the gain. x [..., D], gain [D]."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * gain.astype(x.dtype)

@@ -1,0 +1,177 @@
+"""DeepSeekMoE (report §2.1.2): router, dispatch, experts, combine, shared experts.
+
+The four stages are separate functions, so that a mesh can put its own exchange between them: `MoE` is handed the function that takes
+tokens to experts and back (`exchange_locally` on one device).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.mlp import MLP, silu_gate
+from dsv3_jax.model.module import Module, RouterBias, weight
+from dsv3_jax.precision import Recipe
+
+
+class Routing(NamedTuple):
+    """Where each token goes. experts [T, K] int32; weights [T, K] float32; stats of the batch."""
+
+    experts_TK: jax.Array
+    weights_TK: jax.Array
+    stats: "RouterStats"
+
+
+class RouterStats(NamedTuple):
+    """load [E] float32: tokens chosen for each expert; balance_loss: the sequence-wise balance loss before its weight, mean over sequences."""
+
+    load_E: jax.Array
+    balance_loss: jax.Array
+
+
+class Router(Module):
+    """Scores in float32, group-limited top-k (report Eq. 12-16; V2's softmax and greedy selection by config)."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs):
+        self.config, self.recipe = config, recipe
+        self.weight = weight(rngs, (config.n_routed_experts, config.hidden_size), ("experts", "embed"), config.initializer_range)
+        if config.topk_method == "noaux_tc":
+            self.e_score_correction_bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32), axes=("experts",))
+
+    def __call__(self, x_BSD: jax.Array) -> Routing:
+        c = self.config
+        x_TD = x_BSD.reshape(-1, c.hidden_size)
+        logits_TE = self.linear("weight", x_TD)
+        scores_TE = jax.nn.sigmoid(logits_TE) if c.scoring_func == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
+        biased_TE = jax.lax.stop_gradient(scores_TE)
+        if c.topk_method == "noaux_tc":
+            biased_TE = biased_TE + jax.lax.stop_gradient(self.e_score_correction_bias[...])
+        _, experts_TK = jax.lax.top_k(_limit_groups(biased_TE, c), c.num_experts_per_tok)
+        weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
+        if c.norm_topk_prob:
+            weights_TK = weights_TK / (jnp.sum(weights_TK, axis=-1, keepdims=True) + 1e-20)
+        load_E = _count(experts_TK, c.n_routed_experts)
+        stats = RouterStats(load_E, _balance_loss(scores_TE.reshape(*x_BSD.shape[:2], -1), c.num_experts_per_tok))
+        return Routing(experts_TK, weights_TK * c.routed_scaling_factor, stats)
+
+
+def _limit_groups(scores_TE: jax.Array, c: ModelConfig) -> jax.Array:
+    """Scores with −inf outside the best `topk_group` groups."""
+    if c.topk_method == "greedy" or c.topk_group == c.n_group:
+        return scores_TE
+    grouped_TGE = scores_TE.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
+    best = 2 if c.topk_method == "noaux_tc" else 1
+    group_scores_TG = jnp.sum(jax.lax.top_k(grouped_TGE, best)[0], axis=-1)
+    _, kept_groups = jax.lax.top_k(group_scores_TG, c.topk_group)
+    kept_TG = jnp.any(kept_groups[..., None] == jnp.arange(c.n_group), axis=-2)
+    return jnp.where(kept_TG[..., None], grouped_TGE, -jnp.inf).reshape(scores_TE.shape)
+
+
+def _count(experts: jax.Array, num_experts: int) -> jax.Array:
+    return jnp.sum(experts.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.float32)
+
+
+def _balance_loss(scores_BSE: jax.Array, experts_per_token: int) -> jax.Array:
+    """Σ_i f_i P_i of each sequence (report Eq. 17-20), mean over sequences; f counts the unbiased top-k and carries no gradient."""
+    num_experts = scores_BSE.shape[-1]
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), experts_per_token)
+    frequency_BE = jax.vmap(lambda experts: _count(experts, num_experts))(chosen)
+    frequency_BE = frequency_BE * (num_experts / (experts_per_token * scores_BSE.shape[1]))
+    probability_BE = jnp.mean(scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True), axis=1)
+    return jnp.mean(jnp.sum(frequency_BE * probability_BE, axis=-1))
+
+
+class Experts(Module):
+    """The routed experts: E SwiGLU networks over rows sorted by expert."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs):
+        self.recipe = recipe
+        e, f, d, std = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size, config.initializer_range
+        self.gate_up_proj = weight(rngs, (e, 2, f, d), ("experts", None, "mlp", "embed"), std)
+        self.down_proj = weight(rngs, (e, d, f), ("experts", "embed", "mlp"), std)
+
+    def __call__(self, x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        """[R, D] rows sorted by expert -> [R, D]."""
+        gate_up = checkpoint_name(self.grouped_linear("gate_up_proj", x_RD, group_sizes_E), "gate_up")
+        return self.grouped_linear("down_proj", silu_gate(gate_up), group_sizes_E)
+
+
+class Dispatched(NamedTuple):
+    """Tokens sorted by expert. x [R, D] with R = T·K; group_sizes [E]; order [R]: the flat (token, k) of each row; inverse [R]."""
+
+    x_RD: jax.Array
+    group_sizes_E: jax.Array
+    order_R: jax.Array
+    inverse_R: jax.Array
+
+
+def dispatch(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int) -> Dispatched:
+    """Every token once for each of its experts, sorted by expert: dropless, no padding."""
+    flat = experts_TK.reshape(-1)
+    order_R = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
+    group_sizes_E = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return Dispatched(_spread(x_TD, order_R, inverse_R), group_sizes_E, order_R, inverse_R)
+
+
+def combine(y_RD: jax.Array, dispatched: Dispatched, weights_TK: jax.Array) -> jax.Array:
+    """The weighted sum of each token's experts: [R, D] -> [T, D]."""
+    y_TKD = _permute(y_RD, dispatched.inverse_R, dispatched.order_R).reshape(*weights_TK.shape, -1)
+    return jnp.einsum("tkd,tk->td", y_TKD, weights_TK.astype(y_TKD.dtype), precision=_precision(y_TKD))
+
+
+def _precision(x):
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+# Gathers whose transposes are gathers too: the inverse permutation is at hand, and a scatter-add would be several times slower.
+@jax.custom_vjp
+def _permute(x, index, inverse):
+    return x[index]
+
+
+_permute.defvjp(lambda x, index, inverse: (x[index], inverse), lambda inverse, dy: (dy[inverse], None, None))
+
+
+@jax.custom_vjp
+def _spread(x_TD, order_R, inverse_R):
+    return x_TD[order_R // (order_R.size // x_TD.shape[0])]
+
+
+_spread.defvjp(
+    lambda x_TD, order_R, inverse_R: (_spread(x_TD, order_R, inverse_R), (inverse_R, x_TD.shape[0])),
+    lambda saved, dy_RD: (dy_RD[saved[0]].reshape(saved[1], -1, dy_RD.shape[-1]).sum(axis=1), None, None),
+)
+
+
+# Takes tokens to the experts and back: (x [T, D], routing, experts) -> [T, D].
+Exchange = Callable[[jax.Array, Routing, Experts], jax.Array]
+
+
+def exchange_locally(x_TD: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+    """The exchange of one device that holds all experts."""
+    dispatched = dispatch(x_TD, routing.experts_TK, routing.stats.load_E.shape[0])
+    return combine(experts(dispatched.x_RD, dispatched.group_sizes_E), dispatched, routing.weights_TK)
+
+
+class MoE(Module):
+    """Routed plus shared experts."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs, exchange: Exchange = exchange_locally):
+        self.recipe, self.exchange = recipe, exchange
+        self.gate = Router(config, recipe.router, rngs)
+        self.experts = Experts(config, recipe, rngs)
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, config, recipe, rngs)
+
+    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """[B, S, D] -> ([B, S, D], stats)."""
+        routing = self.gate(x_BSD)
+        y_BSD = self.exchange(x_BSD.reshape(-1, x_BSD.shape[-1]), routing, self.experts).reshape(x_BSD.shape)
+        if hasattr(self, "shared_experts"):
+            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        return y_BSD, routing.stats
