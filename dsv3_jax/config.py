@@ -45,7 +45,7 @@ class ModelConfig:
     n_group: int = 8
     topk_group: int = 4
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    # noaux_tc: selection bias, groups scored by their two best; greedy: plain top-k; group_limited_greedy (V2): groups scored by their best.
+    # noaux_tc: selection bias, groups scored by their two best; greedy: plain top-k; group_limited_greedy (V2): scored by their best.
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
@@ -92,7 +92,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on. `corpus`: "stdlib" (the Python standard library's own sources), or paths of directories, .jsonl(.gz), .parquet."""
+    """What is trained on.
+
+    corpus: "stdlib" (the Python standard library's own sources), or paths of directories, .jsonl(.gz), .parquet.
+    """
 
     corpus: tuple[str, ...] = ("stdlib",)
     tokenizer: str | None = None  # directory or tokenizer.json; None trains a byte-level BPE of model.vocab_size on the corpus

@@ -112,7 +112,13 @@ class MLA(Module):
         q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, w_uk_HNC, precision=precision)
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
         attended_BSHC, _ = mla_decode(
-            q, pages, cache.page_table, cache.lengths, softmax_scale=rope.softmax_scale(c), out_dtype=self.recipe.compute_dtype
+            q,
+            pages,
+            cache.page_table,
+            cache.lengths,
+            softmax_scale=rope.softmax_scale(c),
+            value_width=c.kv_lora_rank,
+            out_dtype=self.recipe.compute_dtype,
         )
         attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, w_uv_HVC, precision=precision)
         return self.output(attended_BSHV), pages

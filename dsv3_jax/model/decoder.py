@@ -1,7 +1,7 @@
 """The whole model: pure functions of a parameter dict.
 
-Parameters: {"embed" [W, D], "dense_layers": {...} [L, ...], "moe_layers": {...} [L, ...], "final_norm" [D], "lm_head" [W, D], "mtp": {...}}.
-The names inside a layer are those of the released checkpoints. A stack that is empty is left out.
+Parameters: {"embed" [W, D], "dense_layers": {...} [L, ...], "moe_layers": {...} [L, ...], "final_norm" [D], "lm_head" [W, D],
+"mtp": {...}}. The names inside a layer are those of the released checkpoints. A stack that is empty is left out.
 """
 
 import functools
@@ -145,8 +145,8 @@ class Decoder:
     def decode(self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B) -> tuple[jax.Array, dict, RouterStats]:
         """New tokens of each sequence over the paged cache, absorbed.
 
-        tokens, positions int32 [B, S] (position -1: padding, not written); caches: {"dense_layers": pages [L, P, 64, C+R], "moe_layers": ...};
-        page_table [B, pages]; lengths [B], new tokens included. Returns (hidden before the final norm [B, S, D], the new caches, stats).
+        tokens, positions int32 [B, S] (position -1: padding, not written); caches: {"dense_layers": pages [L, P, 64, C+R],
+        "moe_layers": ...}; page_table [B, pages]; lengths [B], new tokens included. Returns (hidden before the final norm [B, S, D], the new caches, stats).
         """
         where = self.positions(tokens_BS, jnp.maximum(positions_BS, 0))
         x_BSD, stats, new_caches = self.embed(params, tokens_BS), None, dict(caches)

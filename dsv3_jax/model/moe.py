@@ -27,7 +27,7 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """load [E] float32: tokens chosen for each expert; balance_loss: the sequence-wise balance loss before its weight, mean over sequences."""
+    """load [E] float32: tokens that chose each expert; balance_loss: sequence-wise, mean over sequences, before its weight."""
 
     load_E: jax.Array
     balance_loss: jax.Array
