@@ -1,0 +1,141 @@
+"""What training minimises (report §2.1.2, §2.2): next-token cross entropy, multi-token prediction, sequence-wise balance.
+
+loss = main + mtp_loss_weight · mtp + balance_loss_weight · balance
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.model import Decoder
+
+# Logits of so many entries at a time exist (512 MiB in float32), whatever the batch and the vocabulary.
+_LOGITS_AT_ONCE = 2**27
+
+
+class Targets(NamedTuple):
+    """What each position predicts. tokens [B, S] int32; weights [B, S] float32, 0 where nothing is to be predicted."""
+
+    tokens_BS: jax.Array
+    weights_BS: jax.Array
+
+
+class NumTargets(NamedTuple):
+    """How many targets (the sum of their weights) the means of `main` and `mtp` go over; float32 scalars."""
+
+    main: jax.Array
+    mtp: jax.Array
+
+
+def targets(batch: dict, ahead: int) -> Targets:
+    """The targets `ahead` tokens after each of the S input positions: 1 for the main model, 2 for MTP.
+
+    A target beyond the row, outside the loss mask, or in another segment than its position weighs nothing.
+    """
+    tokens = batch["tokens"]
+    weights = batch.get("loss_mask", jnp.ones(tokens.shape)).astype(jnp.float32)
+    if (segments := batch.get("segment_ids")) is not None:
+        weights = weights * (segments == jnp.pad(segments, ((0, 0), (ahead, 0)), constant_values=-1)[:, :-ahead])
+    after = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, ahead - 1)))  # noqa: E731
+    return Targets(after(tokens), after(weights))
+
+
+def num_targets(batch: dict) -> NumTargets:
+    """Targets of a batch."""
+    return NumTargets(*(jnp.sum(targets(batch, ahead).weights_BS) for ahead in (1, 2)))
+
+
+def loss_and_terms(
+    decoder: Decoder,
+    params: dict,
+    batch: dict,
+    *,
+    mtp_loss_weight: Any,
+    balance_loss_weight: Any,
+    over: NumTargets | None = None,
+) -> tuple[jax.Array, dict]:
+    """The loss of a batch and its terms.
+
+    batch: "tokens" int32 [B, S+1] and, of the same shape, optionally "segment_ids" (attention and prediction stay within a segment),
+    "positions", "loss_mask" (1 where a token is to be predicted). The weights may be arrays (they follow schedules).
+    over: what the two cross entropies are divided by; the batch's own number of targets by default. A part of a larger batch hands
+    its share of the larger one's, so that the parts' mean is the whole's loss.
+
+    Returns (loss, terms): float32 scalars "main", "mtp", "balance" (each before its weight; balance is summed over layers and averaged
+    over sequences) and "load" [L, E], the tokens each expert of each MoE layer got (the MTP layer last).
+    """
+    config, inputs = decoder.config, {name: x[:, :-1] for name, x in batch.items()}
+    where = inputs.get("positions"), inputs.get("segment_ids")
+    over = over or num_targets(batch)
+    hidden_BSD, stats = decoder(params, inputs["tokens"], *where)
+    main = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), targets(batch, 1)) / jnp.maximum(over.main, 1)
+    moe_stats = [stats] if config.num_moe_layers else []
+    mtp = jnp.zeros((), jnp.float32)
+    if config.num_nextn_predict_layers:
+        # The last position's next token is known and its target is not: it runs along without weight, which keeps S a round number.
+        predicted_BSD, mtp_stats = decoder.mtp(params, hidden_BSD, batch["tokens"][:, 1:], *where)
+        mtp = cross_entropy(decoder, params, predicted_BSD, targets(batch, 2)) / jnp.maximum(over.mtp, 1)
+        moe_stats.append(jax.tree.map(lambda x: x[None], mtp_stats))
+    load_LE, balance = jnp.zeros((0, config.n_routed_experts), jnp.float32), jnp.zeros((), jnp.float32)
+    if moe_stats:
+        load_LE = jax.lax.stop_gradient(jnp.concatenate([s.load_E for s in moe_stats]))
+        balance = jnp.sum(jnp.concatenate([s.balance_loss for s in moe_stats]))
+    loss = main + mtp_loss_weight * mtp + balance_loss_weight * balance
+    return loss, {"main": main, "mtp": mtp, "balance": balance, "load": load_LE}
+
+
+def cross_entropy(decoder: Decoder, params: dict, normed_BSD: jax.Array, target: Targets) -> jax.Array:
+    """Weighted sum of −log p(target) in nats, float32, from hidden states after their norm.
+
+    The head runs over pieces of the sequence. When differentiated, each piece's gradient is taken at once (it is linear in the sum's
+    own cotangent), so that neither the logits of all tokens nor a second pass over them is needed.
+    """
+    return _cross_entropy(decoder, params["lm_head"], normed_BSD, target)
+
+
+def _piece(decoder, lm_head, normed_BSD, target):
+    logits_BSW = decoder.head({"lm_head": lm_head}, normed_BSD)
+    chosen_BS = jnp.take_along_axis(logits_BSW, target.tokens_BS[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits_BSW, axis=-1) - chosen_BS) * target.weights_BS)
+
+
+def _pieces(decoder, normed_BSD, target):
+    """Cut along the sequence (the batch axis may lie over devices): leaves [pieces, B, s, ...], padded with targets of no weight."""
+    batch, length = normed_BSD.shape[:2]
+    count = min(length, -(-batch * length * decoder.config.vocab_size // _LOGITS_AT_ONCE))
+    size = -(-length // count)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, (normed_BSD, target))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(decoder, lm_head, normed_BSD, target):
+    def add(total, piece):
+        return total + _piece(decoder, lm_head, *piece), None
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _pieces(decoder, normed_BSD, target))[0]
+
+
+def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
+    def add(sums, piece):
+        loss, (dhead, dnormed) = jax.value_and_grad(functools.partial(_piece, decoder), argnums=(0, 1))(lm_head, *piece)
+        return (sums[0] + loss, sums[1] + dhead), dnormed
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32)
+    (loss, dhead), dnormed_pieces = jax.lax.scan(add, zeros, _pieces(decoder, normed_BSD, target))
+    dnormed = jnp.moveaxis(dnormed_pieces, 0, 1).reshape(normed_BSD.shape[0], -1, normed_BSD.shape[-1])[:, : normed_BSD.shape[1]]
+    return loss, (dhead.astype(lm_head.dtype), dnormed)
+
+
+def _cross_entropy_bwd(decoder, saved, cotangent):
+    dhead, dnormed = saved
+    return dhead * cotangent.astype(dhead.dtype), dnormed * cotangent.astype(dnormed.dtype), None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
