@@ -96,6 +96,12 @@ class MLA(Module):
         """The output projection: [B, S, H, V] -> [B, S, D]."""
         return self.linear("o_proj", attended_BSHV.reshape(*attended_BSHV.shape[:2], -1))
 
+    def prefill(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
+        """`decode` of rows that start their sequences (padding at their ends): they see only themselves, so it is materialised."""
+        q_BSHd, latent_BSC = self.project(x_BSD, where)
+        pages = mla_append(cache.pages, latent_BSC, cache.page_table, cache.write_positions)
+        return self.output(self.attend(q_BSHd, latent_BSC, None)), pages
+
     def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
         """Write the new tokens' latents into the cache and attend to all of it, absorbed (report §2.1.1; DeepSeek-V2 appendix).
 

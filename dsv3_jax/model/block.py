@@ -31,10 +31,13 @@ class DecoderLayer(Module):
             x_BSD = x_BSD + self.self_attn(self._norm("input_layernorm", x_BSD), where)
         return self.feed_forward(x_BSD)
 
-    def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """The same for new tokens over a paged cache: also returns the new pages."""
+    def decode(
+        self, x_BSD: jax.Array, where: Positions, cache: PagedCache, *, from_start: bool = False
+    ) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """The same for new tokens over a paged cache: also returns the new pages. from_start: the rows start their sequences."""
         with jax.named_scope("attention"):
-            attended, pages = self.self_attn.decode(self._norm("input_layernorm", x_BSD), where, cache)
+            attend = self.self_attn.prefill if from_start else self.self_attn.decode
+            attended, pages = attend(self._norm("input_layernorm", x_BSD), where, cache)
         x_BSD, stats = self.feed_forward(x_BSD + attended)
         return x_BSD, pages, stats
 

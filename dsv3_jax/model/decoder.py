@@ -142,23 +142,47 @@ class Decoder:
 
     # Passes over a paged cache: serving.
 
-    def decode(self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B) -> tuple[jax.Array, dict, RouterStats]:
+    def decode(
+        self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, from_start: bool = False
+    ) -> tuple[jax.Array, dict, RouterStats]:
         """New tokens of each sequence over the paged cache, absorbed.
 
         tokens, positions int32 [B, S] (position -1: padding, not written); caches: {"dense_layers": pages [L, P, 64, C+R],
-        "moe_layers": ...}; page_table [B, pages]; lengths [B], new tokens included. Returns (hidden before the final norm [B, S, D], the new caches, stats).
+        "moe_layers": ...}; page_table [B, pages]; lengths [B], new tokens included, so that a row's real tokens stand at its end.
+        from_start: each row starts its sequence and its real tokens stand first; attention is then materialised, over the row alone.
+        Returns (hidden before the final norm [B, S, D], the new caches, stats).
         """
         where = self.positions(tokens_BS, jnp.maximum(positions_BS, 0))
         x_BSD, stats, new_caches = self.embed(params, tokens_BS), None, dict(caches)
         for name in ("dense_layers", "moe_layers"):
             if name not in self._makers:
                 continue
+            num_layers, num_pages = caches[name].shape[:2]
 
-            def layer(x_BSD, params_and_pages, name=name):
-                layer_params, pages = params_and_pages
-                cache = PagedCache(pages, page_table, lengths_B, positions_BS)
-                x_BSD, pages, stats = module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache)
-                return x_BSD, (pages, stats)
+            # The pages of all layers are carried as one pool, updated in place; as the scan's inputs and outputs they would be copied.
+            def layer(carry, params_and_index, name=name, num_pages=num_pages):
+                x_BSD, pool = carry
+                layer_params, index = params_and_index
+                cache = PagedCache(pool, page_table + index * num_pages, lengths_B, positions_BS)
+                x_BSD, pool, stats = module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache, from_start=from_start)
+                return (x_BSD, pool), stats
 
-            x_BSD, (new_caches[name], stats) = jax.lax.scan(layer, x_BSD, (params[name], caches[name]))
+            pool = caches[name].reshape(-1, *caches[name].shape[2:])
+            (x_BSD, pool), stats = jax.lax.scan(layer, (x_BSD, pool), (params[name], jnp.arange(num_layers)))
+            new_caches[name] = pool.reshape(caches[name].shape)
         return x_BSD, new_caches, stats
+
+    def decode_mtp(
+        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, from_start: bool = False
+    ) -> tuple[jax.Array, dict]:
+        """The MTP module over its own pages, caches["mtp"] [1, P, 64, C+R], after `decode` of the same positions.
+
+        hidden_BSD as `decode` returns it; next_tokens_BS: the token that follows each position. Returns (normed hidden [B, S, D] that
+        predicts the token after next, the new caches).
+        """
+        where = self.positions(next_tokens_BS, jnp.maximum(positions_BS, 0))
+        cache = PagedCache(caches["mtp"][0], page_table, lengths_B, positions_BS)
+        mtp = module.bind(self.modules["mtp"], params["mtp"])
+        hidden_BSD, embedding_BSD = self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS)
+        normed_BSD, pages, _ = mtp.decode(hidden_BSD, embedding_BSD, where, cache, from_start=from_start)
+        return normed_BSD, {**caches, "mtp": pages[None]}

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.precision import Recipe, grouped_linear, linear
+from dsv3_jax.precision import Recipe, dense, grouped_linear, linear
+from pallas_kernels import Quantized
 
 
 class Module(nnx.Module):
@@ -23,20 +24,20 @@ class Module(nnx.Module):
 
     def linear(self, name: str, x: jax.Array) -> jax.Array:
         """x [..., K] times the weight `name` [..., N, K] (leading axes of the weight are merged into N)."""
-        w, tap = self._weight_and_tap(name)
-        return linear(x, w.reshape(-1, w.shape[-1]), tap, self.recipe)
+        return linear(x, *self._weight_and_tap(name), self.recipe)
 
     def dense_weight(self, name: str) -> jax.Array:
         """The weight `name` itself in the compute dtype, where it is not used as a product."""
-        return getattr(self, name)[...].astype(self.recipe.compute_dtype)
+        return dense(self._weight_and_tap(name)[0], self.recipe.compute_dtype).astype(self.recipe.compute_dtype)
 
     def grouped_linear(self, name: str, x_RK: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
         """Rows sorted by expert times the weight `name` [E, ..., N, K]."""
         w, tap = self._weight_and_tap(name)
-        return grouped_linear(x_RK, w.reshape(w.shape[0], -1, w.shape[-1]), group_sizes_E, tap, self.recipe)
+        return grouped_linear(x_RK, w, group_sizes_E, tap, self.recipe)
 
     def _weight_and_tap(self, name: str):
-        return getattr(self, name)[...], getattr(self, name + "_tap", None)
+        w, scale = getattr(self, name)[...], getattr(self, name + "_scale", None)
+        return w if scale is None else Quantized.blocks(w, scale[...]), getattr(self, name + "_tap", None)
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
