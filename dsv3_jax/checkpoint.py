@@ -1,0 +1,251 @@
+"""Checkpoints: the only file that calls Orbax.
+
+A run folder holds one folder a step, named by its number:
+
+    runs/tiny/200/params/ train_state/ data/ ...   items, each an Orbax tree that can be loaded alone
+    runs/tiny/200/checksums.json                   size and CRC-32 of every file, written last: a step without it is not complete
+
+Arrays are stored in the canonical layout (stacked layers [L, ...]), whatever mesh they lay on, and are restored through their stored
+metadata, so that any mesh, or a notebook on one CPU, can load them. Orbax does not notice flipped bits; the checksums do.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from dsv3_jax.errors import UserError
+
+CHECKSUMS = "checksums.json"
+# These keep their dtype whatever a loader asks for: block scales and the router's selection bias are float32 by definition.
+_FLOAT32_BY_DEFINITION = re.compile(r"(_scale|e_score_correction_bias)$")
+
+
+def complete_steps(directory: str | Path) -> list[int]:
+    """The steps of a run folder that were saved completely, in order."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(d.name) for d in directory.iterdir() if d.name.isdigit() and (d / CHECKSUMS).is_file())
+
+
+def open_run(path: str | Path, step: int | None = None) -> "Saved":
+    """The newest complete step of a run folder, or the one named; `path` may also be a step's own folder.
+
+    Raises UserError where there is none, or where its metadata is damaged.
+    """
+    path = Path(path).absolute()
+    if step is None and path.name.isdigit() and (path / CHECKSUMS).is_file():
+        path, step = path.parent, int(path.name)
+    steps = complete_steps(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder, or a step's folder in it")
+    if not steps:
+        raise UserError(f"{path} holds no complete checkpoint: give a run folder that training has saved a step in")
+    if step is not None and step not in steps:
+        raise UserError(f"{path} has no complete step {step}: it has {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    saved = Saved(path / str(step), step, {})
+    saved.verify(lambda name: "/" not in name or name.endswith("/_METADATA"))
+    return dataclasses.replace(saved, config=ocp.checkpointables_metadata(saved.directory).custom_metadata["config"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """One complete step on disk. config: the resolved configuration as plain JSON values, the ModelConfig's under "model"."""
+
+    directory: Path
+    step: int
+    config: dict
+
+    @property
+    def items(self) -> list[str]:
+        """The names of the trees that were saved."""
+        return sorted(d.name for d in self.directory.iterdir() if (d / "_METADATA").is_file())
+
+    def params(self, dtype: Any = None, shardings: Any = None, item: str = "params") -> dict:
+        """The parameters as a pure dict of arrays, without the optimizer's state.
+
+        dtype: cast float32 and bfloat16 leaves to it (not scales, not the router's bias; FP8 weights stay as they are).
+        shardings: one Sharding for all or a tree of them; by default everything goes to the first device.
+        Raises UserError where a file is damaged.
+        """
+
+        def wanted(path, leaf):
+            cast = dtype is not None and leaf.dtype in (jnp.float32, jnp.bfloat16) and not _FLOAT32_BY_DEFINITION.search(_name(path))
+            return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype)
+
+        abstract = jax.tree_util.tree_map_with_path(wanted, self._metadata(item))
+        return self.load({item: with_shardings(abstract, shardings)})[item]
+
+    def load(self, abstract: Mapping[str, Any]) -> dict:
+        """The named items as trees of arrays like `abstract` (ShapeDtypeStructs with shardings; Python numbers for numbers).
+
+        Raises UserError that names every leaf that is missing, unexpected or of another shape, or the file that is damaged.
+        """
+        for item, tree in abstract.items():
+            if item not in self.items:
+                raise UserError(f"{self.directory} has no {item!r} (it has {', '.join(self.items)}): give a run that training saved")
+            self.verify(lambda name, item=item: name.startswith(f"{item}/"))
+            self._check_shapes(item, tree)
+        return ocp.load_checkpointables(self.directory, dict(abstract))
+
+    def verify(self, wanted=lambda name: True) -> None:
+        """Compare files with their checksums. Raises UserError that names the first that differs and the step to fall back on."""
+        try:
+            checksums = json.loads((self.directory / CHECKSUMS).read_text())
+            expected = {name: (int(size), str(crc)) for name, (size, crc) in checksums.items() if wanted(name)}
+        except (ValueError, TypeError, AttributeError):
+            raise self._damaged(CHECKSUMS) from None
+        for name, found in _checksums(self.directory, expected).items():
+            if found != expected[name]:
+                raise self._damaged(name)
+
+    def _damaged(self, name: str) -> UserError:
+        before = [step for step in complete_steps(self.directory.parent) if step < self.step]
+        fix = f"use the step before it, {self.directory.parent / str(before[-1])}" if before else "no step before it is left"
+        return UserError(f"checkpoint file {self.directory / name} is damaged (its checksum differs); nothing was changed: {fix}")
+
+    def _metadata(self, item: str) -> Any:
+        return ocp.metadata(self.directory, checkpointable_name=item).metadata
+
+    def _check_shapes(self, item: str, abstract: Any) -> None:
+        stored, expected = _shapes(self._metadata(item)), _shapes(abstract)
+        problems = [f"missing {name}" for name in sorted(expected.keys() - stored.keys())]
+        problems += [f"unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
+        for name in sorted(stored.keys() & expected.keys()):
+            if stored[name] != expected[name]:
+                problems.append(f"{name} is {list(stored[name])} and should be {list(expected[name])}")
+        if problems:
+            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise UserError(f"{self.directory / item} does not fit the model: {shown}. Give a config of the same model")
+
+
+class Writer:
+    """Saves steps of a run asynchronously, keeps the last `keep` complete ones, and clears what an interrupted save has left.
+
+    config: the resolved configuration, stored with every step (see `Saved.config`).
+    """
+
+    def __init__(self, directory: str | Path, config: dict, *, keep: int):
+        self.directory, self.config, self.keep = Path(directory).absolute(), config, keep
+        self._finisher: threading.Thread | None = None
+        self._error: Exception | None = None
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for folder in self.directory.iterdir():
+                number, *temporary = folder.name.split(".orbax-checkpoint-tmp")
+                if number.isdigit() and folder.is_dir() and (temporary or not (folder / CHECKSUMS).is_file()):
+                    shutil.rmtree(folder)
+
+    def save(self, step: int, items: Mapping[str, Any]) -> None:
+        """Start saving trees of arrays and Python numbers; returns when they are copied and may be changed or donated.
+
+        Raises UserError where this save cannot start, or the one before it failed.
+        """
+        self.wait()
+        try:
+            saving = ocp.save_checkpointables_async(
+                self.directory / str(step), dict(items), overwrite=True, custom_metadata={"config": self.config}
+            )
+        except OSError as error:
+            raise self._failed(error) from error
+        # Not a daemon: a program that ends without `wait` still ends with a complete step.
+        self._finisher = threading.Thread(target=self._finish, args=(saving, step), name=f"checkpoint {step}")
+        self._finisher.start()
+
+    def wait(self) -> None:
+        """Until what was started is complete. Raises UserError where it failed."""
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(f"cannot save a checkpoint in {self.directory} ({reason}): make room or rights there; complete steps are intact")
+
+    def _finish(self, saving, step: int) -> None:
+        try:
+            saving.result()
+            if jax.process_index() == 0:
+                folder = self.directory / str(step)
+                names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != CHECKSUMS]
+                write_atomically(folder / CHECKSUMS, json.dumps(_checksums(folder, names), indent=0, sort_keys=True))
+                for old in complete_steps(self.directory)[: -self.keep]:
+                    # First it stops being complete, then it goes: there is no moment at which half a step looks like one.
+                    (self.directory / str(old) / CHECKSUMS).unlink()
+                    shutil.rmtree(self.directory / str(old))
+        except Exception as error:  # handed to the thread that saves
+            self._error = error
+
+
+def set_aside_after(directory: str | Path, step: int) -> list[Path]:
+    """Rename the steps later than `step`, so that a run continues from it; returns their new names."""
+    moved = []
+    for later in complete_steps(directory):
+        if later > step:
+            source, number = Path(directory) / str(later), 1
+            while (target := source.with_name(f"{later}.set-aside-{number}")).exists():
+                number += 1
+            moved.append(source.rename(target))
+    return moved
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds either what it held or all of `text`, whenever the process is killed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def with_shardings(abstract: Any, shardings: Any = None) -> Any:
+    """A tree of ShapeDtypeStructs with a sharding each: `shardings` is one for all, a tree, or None (the first device)."""
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, abstract)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(getattr(leaf, "shape", ())) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """(bytes, CRC-32) of each file; (-1, "") where it cannot be read. Files are read side by side: zlib lets go of the GIL."""
+
+    def checksum(name):
+        crc = size = 0
+        try:
+            with open(folder / name, "rb", buffering=0) as file:
+                while block := file.read(1 << 20):
+                    crc, size = zlib.crc32(block, crc), size + len(block)
+        except OSError:
+            return -1, ""
+        return size, f"{crc:08x}"
+
+    names = list(names)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(checksum, names)))
