@@ -103,13 +103,16 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            # `<think>` is part of an answer's text, so decoding keeps it (it is not "special"), as in the released tokenizer.
-            special_tokens=[AddedToken(token, special=token not in (THINK, END_THINK), normalized=False) for token in SPECIAL_TOKENS],
+            special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
         tokenizer.post_processor = _bos_eos((BOS, tokenizer.token_to_id(BOS)), None)
+        written = json.loads(tokenizer.to_str())
+        for token in written["added_tokens"]:
+            # Decoding keeps <think>, which is part of an answer's text, as with the released tokenizer. (The trainer marks all.)
+            token["special"] = token["content"] not in (THINK, END_THINK)
         config = {
             "add_bos_token": True,
             "add_eos_token": False,
@@ -120,7 +123,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": CHAT_TEMPLATE,
         }
-        return cls(tokenizer.to_str(pretty=True), config)
+        return cls(json.dumps(written, ensure_ascii=False, indent=2), config)
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as `load`, transformers and vLLM read them."""
