@@ -1,7 +1,8 @@
 """The two weight products of the model: y = x wᵀ, dense and grouped by expert.
 
-Weights lie [out, in], as in Hugging Face checkpoints and in the kernels' `b [N, K]`. Weights are float32 masters, cast where they are
-used; weight gradients come out in float32, never rounded to the compute dtype.
+Weights lie [out, in], as in Hugging Face checkpoints and in the kernels' `b [N, K]`; leading axes are parts of the output ([2, F, D]:
+gate and up). A weight is a float32 master, cast where it is used, whose gradient comes out in float32, never rounded to the compute
+dtype; or `Quantized` blocks, as FP8 checkpoints have it, which is frozen: it gets no gradient.
 
 A `Tap` splits the weight gradient off. Given one, the product returns as the tap's "cotangent" the pair (x, dy) that the weight
 gradient is made of, and zero for the weight: a pipeline runs the input-gradient pass first and `weight_gradient` of the stashed pairs
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 
 from dsv3_jax.precision.grouped import grouped_matmul, grouped_matmul_weight_gradient
 from dsv3_jax.precision.recipe import FLOAT32, Recipe
+from dsv3_jax.precision.weights import dense
+from pallas_kernels import Quantized
 
 
 class Tap(NamedTuple):
@@ -30,20 +33,25 @@ class Tap(NamedTuple):
         return cls(jnp.zeros((rows, w_shape[-1]), recipe.compute_dtype), jnp.zeros((rows, w_shape[-2]), recipe.compute_dtype))
 
 
-def linear(x: jax.Array, w: jax.Array, tap: Tap | None = None, recipe: Recipe = FLOAT32, out_dtype: Any = None) -> jax.Array:
-    """x [..., K] times wᵀ, w [N, K], to [..., N], accumulated in float32; out_dtype: the compute dtype by default."""
+def linear(x: jax.Array, w: jax.Array | Quantized, tap: Tap | None = None, recipe: Recipe = FLOAT32, out_dtype: Any = None) -> jax.Array:
+    """x [..., K] times wᵀ, w [..., N, K], to [..., N] (all of w's leading axes in N), accumulated in float32.
+
+    out_dtype: the compute dtype by default.
+    """
+    w_NK = dense(w, recipe.compute_dtype).reshape(-1, w.shape[-1])
     x_TK = x.reshape(-1, x.shape[-1]).astype(recipe.compute_dtype)
-    y_TN = _product(x_TK, w, None, tap, recipe, out_dtype or recipe.compute_dtype)
-    return y_TN.reshape(*x.shape[:-1], w.shape[-2])
+    y_TN = _product(x_TK, w_NK, None, tap, recipe, out_dtype or recipe.compute_dtype)
+    return y_TN.reshape(*x.shape[:-1], -1)
 
 
 def grouped_linear(
-    x_RK: jax.Array, w_ENK: jax.Array, group_sizes_E: jax.Array, tap: Tap | None = None, recipe: Recipe = FLOAT32
+    x_RK: jax.Array, w_ENK: jax.Array | Quantized, group_sizes_E: jax.Array, tap: Tap | None = None, recipe: Recipe = FLOAT32
 ) -> jax.Array:
-    """Rows sorted by expert, each times its own expert's weight: [R, K] x [E, N, K] -> [R, N] in the compute dtype.
+    """Rows sorted by expert, each times its own expert's weight: [R, K] x [E, ..., N, K] -> [R, N] in the compute dtype.
 
     group_sizes_E: int32, rows of each expert in order; rows past their sum give zeros.
     """
+    w_ENK = dense(w_ENK, recipe.compute_dtype).reshape(w_ENK.shape[0], -1, w_ENK.shape[-1])
     return _product(x_RK.astype(recipe.compute_dtype), w_ENK, group_sizes_E, tap, recipe, recipe.compute_dtype)
 
 

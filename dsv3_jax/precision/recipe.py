@@ -8,6 +8,9 @@ from jax import lax
 
 from dsv3_jax.errors import UserError
 
+# Weights of the linears that FP8 recipes compute in FP8, by their names in the parameter dict; released FP8 checkpoints store the same.
+FP8_WEIGHTS = frozenset(["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_up_proj", "down_proj"])
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
