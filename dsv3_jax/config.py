@@ -92,44 +92,48 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """What is trained on."""
 
-    corpus: "stdlib" (the Python standard library's own sources), or paths of directories, .jsonl(.gz), .parquet.
-    """
-
-    corpus: tuple[str, ...] = ("stdlib",)
-    tokenizer: str | None = None  # directory or tokenizer.json; None trains a byte-level BPE of model.vocab_size on the corpus
-    heldout_fraction: float = 0.05
-    fim_rate: float = 0.0
+    corpus: tuple[str, ...] = ("stdlib",)  # stdlib: the Python standard library's own sources; else directories or files of text
+    tokenizer: str | None = None  # a folder with tokenizer.json; None: a byte-level BPE of model.vocab_size trained on the corpus
+    cache: str | None = None  # where the prepared rows and the trained tokenizer lie; None: in the run folder
+    heldout_fraction: float = 0.05  # share of the documents that are held out
+    fim_rate: float = 0.0  # share of the training documents rearranged for fill-in-the-middle (report: 0.1)
     mask_documents: bool = False  # True: attention does not cross documents (post-training); pre-training packs without a mask
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedules (report §4.2). Schedules are in tokens, so that they do not depend on the batch size."""
+    """AdamW and the schedules; defaults are the report's (section 4.2).
 
-    learning_rate: float = 2.2e-4
-    warmup_steps: int = 2000
-    # The report: constant to `constant_tokens`, cosine to `final_ratio` over `cosine_tokens`, then two constant tails.
-    constant_tokens: float = 10e12
-    cosine_tokens: float = 4.3e12
-    cosine_final_ratio: float = 0.1
-    first_tail_tokens: float = 333e9
-    second_tail_ratio: float = 7.3e-6 / 2.2e-4
+    Fields that end in _start or _end are places in the run, as fractions of all of its tokens: a short run then goes through the
+    same phases as a long one, and they do not depend on the batch size.
+    """
+
+    learning_rate: float = 2.2e-4  # its constant maximum
+    warmup_steps: int = 2000  # linear from zero
+    decay_start: float = 10 / 14.8  # from here on a cosine
+    decay_end: float = 14.3 / 14.8  # to here, then constant
+    decay_ratio: float = 0.1  # learning rate after the cosine, as a part of the maximum
+    tail_start: float = 14.633 / 14.8  # from here on the last constant
+    tail_ratio: float = 7.3e-6 / 2.2e-4  # that constant, as a part of the maximum
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    weight_decay: float = 0.1  # of matrices, the embedding and the head among them; norms do not decay
+    clip_norm: float = 1.0  # of the global gradient
     moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    ema_decay: float | None = None
-    # Balance: step of the router bias (0 from `bias_update_until_tokens` on), weight of the sequence-wise loss, weight of the MTP loss.
-    bias_update_speed: float = 1e-3
-    bias_update_until_tokens: float = 14.3e12
+    ema_decay: float | None = None  # of an exponential moving average of the weights, kept beside them
+    bias_update_speed: float = 1e-3  # step of the router's selection bias
+    bias_update_end: float = 14.3 / 14.8  # it stays as it is from here on
     balance_loss_weight: float = 1e-4
     mtp_loss_weight: float = 0.3
     mtp_loss_weight_tail: float = 0.1
-    mtp_tail_from_tokens: float = 10e12
+    mtp_tail_start: float = 10 / 14.8
+
+    def __post_init__(self):
+        if not 0 <= self.decay_start <= self.decay_end <= self.tail_start:
+            raise UserError("decay_start <= decay_end <= tail_start must hold: they are the phases of the learning rate, in order")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,23 +146,32 @@ class TrainConfig:
     steps: int = 1000
     sequence_length: int = 4096
     batch_size: int = 8  # sequences a step, over all devices
-    batch_ramp_from: int | None = None  # first batch size; grows linearly in tokens to batch_size over batch_ramp_tokens
-    batch_ramp_tokens: float = 0.0
-    microbatch_size: int | None = None  # sequences a forward pass, over all devices; None: the whole batch (no gradient accumulation)
-    # float32 everywhere; bf16 compute on float32 masters; fp8 (Hopper kernels); fp8_reference: the same recipe in plain JAX.
-    precision: Literal["float32", "bf16", "fp8", "fp8_reference"] = "bf16"
-    remat: Literal["none", "layer", "norms_and_up"] = "layer"
+    batch_ramp_from: int | None = None  # sequences of the first step; grows to batch_size linearly in tokens
+    batch_ramp_end: float = 469 / 14800  # where it is reached, as a fraction of the run's tokens
+    microbatch_size: int | None = None  # sequences a forward pass, over all devices; None: all (no gradient accumulation)
+    precision: Literal["auto", "float32", "bf16", "fp8", "fp8_reference"] = "auto"  # auto: bf16 on a GPU, float32 on a CPU
+    remat: Literal["none", "layer", "norms_and_up"] = "layer"  # what the backward pass computes again
     seed: int = 0
     deterministic: bool = False  # deterministic GPU reductions, so that a resumed run is bit-equal there too
-    mesh: str = "data=-1"
+    mesh: str = "data=-1"  # sizes of the axes data, pipe, expert; one may be -1: what is left of the devices
     workdir: str = "runs/{recipe}"
-    init_from: str | None = None
-    resume: str = "auto"  # auto | never | path of a run or step
-    checkpoint_every: int = 1000
+    init_from: str | None = None  # parameters to start from: a run folder, one of its steps, or a Hugging Face directory
+    resume: str = "auto"  # auto: where the run folder left off; never: only into a new folder; or the path of a run or step
+    checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 3
-    eval_every: int = 500
-    log_every: int = 1
+    eval_every: int = 500  # steps
+    eval_rows: int = 64  # held-out rows of an evaluation on the way; the last one takes all
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+
+    def __post_init__(self):
+        for name in ("steps", "sequence_length", "batch_size", "checkpoint_every", "keep_checkpoints", "eval_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        first, micro = self.batch_ramp_from or self.batch_size, self.microbatch_size
+        if not 1 <= first <= self.batch_size:
+            raise UserError(f"batch_ramp_from={first} must lie in 1..batch_size={self.batch_size}")
+        if micro is not None and (micro < 1 or self.batch_size % micro or first % micro):
+            raise UserError(f"microbatch_size={micro} must divide batch_size={self.batch_size} and batch_ramp_from={first}")
 
 
 def to_dict(config: Any) -> dict:
