@@ -32,7 +32,7 @@ from dsv3_jax.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer, pie
 from dsv3_jax.errors import UserError
 
 FORMAT = 1  # part of the hash: raise it when the same settings would give other rows
-BATCH_CHARACTERS = 8 << 20  # tokenized at once
+BATCH_CHARACTERS = 4 << 20  # tokenized at once, in some hundred MB of memory
 RECORD_OPTIONS = "group_size:1,uncompressed"  # one row a group: reading a row by index then reads that row only
 
 
@@ -73,7 +73,7 @@ class Prepared:
     @property
     def dtype(self) -> np.dtype:
         """Of the tokens in the record files, little-endian."""
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        return _dtype(self.vocab_size)
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, directory: str | Path) -> Tokenizer:
@@ -105,6 +105,11 @@ def prepare(
         raise UserError(f"sequence_length is {sequence_length}: give at least 1")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"fim_rate is {fim_rate}: give a fraction from 0 to 1")
+    if fim_rate:
+        try:
+            [tokenizer.token_id(token) for token in (FIM_BEGIN, FIM_HOLE, FIM_END)]
+        except UserError as error:
+            raise UserError(f"{error}, or set fim_rate to 0") from error
     settings = {
         "format": FORMAT,
         "corpus_fingerprint": corpus.fingerprint(),
@@ -139,7 +144,7 @@ def _gzip9_bits(raw: bytes) -> int:
 
 
 def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, fim_rate: float, seed: int) -> dict:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = _dtype(tokenizer.vocab_size)
     writers = {split: ArrayRecordWriter(str(folder / f"{split}.array_record"), RECORD_OPTIONS) for split in ("train", "heldout")}
     counts = {"train": dict.fromkeys(("rows", "documents", "tokens", "bytes"), 0)}
     counts["heldout"] = dict(counts["train"])
@@ -154,10 +159,10 @@ def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_len
         return end
 
     stream = np.zeros(0, dtype)
-    for batch in _batches(corpus.documents()):
+    for batch in _batches(corpus.documents(), lambda document: len(document.text)):
         split_of = ["heldout" if corpus.is_heldout(document.name) else "train" for document in batch]
         rates = [fim_rate if split == "train" else 0.0 for split in split_of]
-        encoded = [np.array(ids, dtype) for ids in _encode(batch, rates, tokenizer, seed)]
+        encoded = [tokens.astype(dtype) for tokens in _encode(batch, rates, tokenizer, seed)]
         for document, split, tokens in zip(batch, split_of, encoded):
             raw = document.text.encode()
             counts[split]["documents"] += 1
@@ -195,11 +200,12 @@ def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_len
     }
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches[T](items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of items that have BATCH_CHARACTERS together, or a little more."""
     batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
+    for item in items:
+        batch.append(item)
+        characters += length(item)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -212,7 +218,7 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
     return [token_id for token_id in tokenizer.encode("") if token_id != tokenizer.eos_id]
 
 
-def _encode(batch: list[Document], fim_rates: list[float], tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
+def _encode(batch: list[Document], fim_rates: list[float], tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
     """The tokens of each document, its prefix and EOS included. Special tokens that its text spells out stay plain text."""
     prefix, end = _prefix(tokenizer), [tokenizer.eos_id]
     layouts = []  # of each document: lists of ids and strings in their order
@@ -220,10 +226,12 @@ def _encode(batch: list[Document], fim_rates: list[float], tokenizer: Tokenizer,
         rng = random.Random(f"{seed} {document.name}")
         rearranged = rng.random() < rate
         layouts.append([prefix, *(_fill_in_the_middle(document.text, tokenizer, rng) if rearranged else pieces(document.text)), end])
-    texts = [part for layout in layouts for part in layout if isinstance(part, str)]
-    encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=False, split_special_tokens=True))
+    texts = (part for layout in layouts for part in layout if isinstance(part, str))
+    encoded = (
+        ids for group in _batches(texts, len) for ids in tokenizer.encode_batch(group, add_special_tokens=False, split_special_tokens=True)
+    )
     for layout in layouts:
-        yield list(itertools.chain.from_iterable(next(encoded) if isinstance(part, str) else part for part in layout))
+        yield np.concatenate([np.array(next(encoded) if isinstance(part, str) else part, np.uint32) for part in layout])
 
 
 def _fill_in_the_middle(text: str, tokenizer: Tokenizer, rng: random.Random) -> Iterator[list[int] | str]:
@@ -232,6 +240,10 @@ def _fill_in_the_middle(text: str, tokenizer: Tokenizer, rng: random.Random) -> 
     for token, part in ((FIM_BEGIN, text[:start]), (FIM_HOLE, text[end:]), (FIM_END, text[start:end])):
         yield [tokenizer.token_id(token)]
         yield from pieces(part)
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def _hash(settings: dict) -> str:

@@ -280,7 +280,7 @@ class StreamDecoder:
 _LINE_END = re.compile(r"\n(?=[^\S\r\n]*\S)")
 
 
-def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+def pieces(text: str, size: int = 1 << 18) -> Iterator[str]:
     """Cuts a long text into parts of `size` to 2 `size` characters that are encoded as the whole would be.
 
     `tokenizers` needs some hundred bytes a token while it encodes, so a file of hundreds of MB does not go in at once. The cut is

@@ -73,6 +73,13 @@ def test_heldout_documents_are_scored_whole_each_token_once(prepared, corpus, to
     assert prepared.heldout.tokens - prepared.heldout.documents == sum(len(row) - 1 for row in rows(prepared, "heldout"))
 
 
+def test_rows_do_not_depend_on_how_much_is_tokenized_at_once(prepared, corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 3000)
+    small = prepare(corpus, tokenizer, tmp_path, sequence_length=32, fim_rate=0)
+    for split in ("train", "heldout"):
+        assert rows(small, split) == rows(prepared, split)
+
+
 def test_eos_ends_documents_and_nothing_else(folder, tokenizer, tmp_path):
     """A document that spells out EOS must not look like two."""
     corpus = Corpus(folder / "120.txt", heldout_fraction=0)
@@ -251,6 +258,8 @@ def test_errors_are_one_line(folder, tokenizer, tmp_path):
     corpus = Corpus(folder)
     assert "at least 1" in message(lambda: prepare(corpus, tokenizer, tmp_path, sequence_length=0))
     assert "fim_rate" in message(lambda: prepare(corpus, tokenizer, tmp_path, sequence_length=8, fim_rate=1.5))
+    no_fim = Tokenizer(tokenizer._json.replace(FIM_HOLE, "<other>"), tokenizer.config)
+    assert FIM_HOLE in (text := message(lambda: prepare(corpus, no_fim, tmp_path, sequence_length=8))) and "fim_rate to 0" in text
     one = Corpus(folder / "000.txt", heldout_fraction=1e-9)
     assert "none of the 1 documents" in message(lambda: prepare(one, tokenizer, tmp_path, sequence_length=1, fim_rate=0))
     latin = Corpus(folder / "latin.txt", heldout_fraction=0)
