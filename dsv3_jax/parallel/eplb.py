@@ -215,7 +215,8 @@ def _swap_groups(weight, plan, group, a, b, num_gpus):
         entering = first + _replicate(weight[None, first : first + group_size], len(free))[0]
         share = _share(weight, entering)
         for expert in entering[np.argsort(-share[entering], kind="stable")]:
-            slot = min(free, key=lambda slot: load[slot // slots_per_gpu])
+            held = (result.reshape(num_gpus, -1) == expert).any(1)  # a second copy on a GPU helps nobody
+            slot = min(free, key=lambda slot, held=held: (held[slot // slots_per_gpu], load[slot // slots_per_gpu]))
             free.remove(slot)
             result[slot] = expert
             load[slot // slots_per_gpu] += share[expert]
@@ -252,8 +253,11 @@ def _recount(weight, before, replicas, num_gpus, budget):
         if without[loses] >= share[gains]:
             break
         load = _gpu_loads(weight, replicas, num_gpus)
-        load[gpu[replicas == gains]] = np.inf  # a second copy on a GPU helps nobody
-        replicas[min(np.flatnonzero(replicas == loses), key=lambda slot, load=load: load[gpu[slot]])] = gains
+        load[gpu[replicas == gains]] = np.inf  # again no second copy on a GPU
+        slot = min(np.flatnonzero(replicas == loses), key=lambda slot, load=load: load[gpu[slot]])
+        if load[gpu[slot]] == np.inf:
+            break
+        replicas[slot] = gains
     return replicas
 
 
