@@ -74,6 +74,10 @@ class Saved:
         """The names of the trees that were saved."""
         return sorted(d.name for d in self.directory.iterdir() if (d / "_METADATA").is_file())
 
+    def abstract(self, item: str = "params") -> Any:
+        """The shapes and dtypes of an item of arrays, in its structure; none of them is read."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._metadata(item))
+
     def params(self, dtype: Any = None, shardings: Any = None, item: str = "params") -> dict:
         """The parameters as a pure dict of arrays, without the optimizer's state.
 
@@ -98,7 +102,8 @@ class Saved:
             if item not in self.items:
                 raise UserError(f"{self.directory} has no {item!r} (it has {', '.join(self.items)}): give a run that training saved")
             self.verify(lambda name, item=item: name.startswith(f"{item}/"))
-            self._check_shapes(item, tree)
+            if problems := differences(tree, self._metadata(item)):
+                raise UserError(f"{self.directory / item} does not fit: {problems}. Give a config of the same model")
         return ocp.load_checkpointables(self.directory, dict(abstract))
 
     def verify(self, wanted=lambda name: True) -> None:
@@ -119,17 +124,6 @@ class Saved:
 
     def _metadata(self, item: str) -> Any:
         return ocp.metadata(self.directory, checkpointable_name=item).metadata
-
-    def _check_shapes(self, item: str, abstract: Any) -> None:
-        stored, expected = _shapes(self._metadata(item)), _shapes(abstract)
-        problems = [f"missing {name}" for name in sorted(expected.keys() - stored.keys())]
-        problems += [f"unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
-        for name in sorted(stored.keys() & expected.keys()):
-            if stored[name] != expected[name]:
-                problems.append(f"{name} is {list(stored[name])} and should be {list(expected[name])}")
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise UserError(f"{self.directory / item} does not fit the model: {shown}. Give a config of the same model")
 
 
 class Writer:
@@ -191,6 +185,17 @@ class Writer:
                     shutil.rmtree(self.directory / str(old))
         except Exception as error:  # handed to the thread that saves
             self._error = error
+
+
+def differences(expected: Any, found: Any) -> str:
+    """What is missing, unexpected or of another shape in a tree, '' if nothing; the first few by name."""
+    expected, found = _shapes(expected), _shapes(found)
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name]:
+            problems.append(f"{name} is {list(found[name])} and should be {list(expected[name])}")
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def set_aside_after(directory: str | Path, step: int) -> list[Path]:

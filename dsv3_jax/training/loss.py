@@ -34,12 +34,14 @@ def targets(batch: dict, ahead: int) -> Targets:
 
     A target beyond the row, outside the loss mask, or in another segment than its position weighs nothing.
     """
-    tokens = batch["tokens"]
-    weights = batch.get("loss_mask", jnp.ones(tokens.shape)).astype(jnp.float32)
+    tokens = batch["tokens"][:, ahead:]
+    if (mask := batch.get("loss_mask")) is not None:
+        weights = mask[:, ahead - 1 :].astype(jnp.float32)
+    else:
+        weights = jnp.ones(tokens.shape, jnp.float32)
     if (segments := batch.get("segment_ids")) is not None:
-        weights = weights * (segments == jnp.pad(segments, ((0, 0), (ahead, 0)), constant_values=-1)[:, :-ahead])
-    after = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, ahead - 1)))  # noqa: E731
-    return Targets(after(tokens), after(weights))
+        weights = weights * (segments[:, ahead:] == segments[:, :-ahead])
+    return Targets(*(jnp.pad(x, ((0, 0), (0, ahead - 1))) for x in (tokens, weights)))
 
 
 def num_targets(batch: dict) -> NumTargets:
@@ -58,18 +60,17 @@ def loss_and_terms(
 ) -> tuple[jax.Array, dict]:
     """The loss of a batch and its terms.
 
-    batch: "tokens" int32 [B, S+1] and, of the same shape, optionally "segment_ids" (attention and prediction stay within a segment),
-    "positions", "loss_mask" (1 where a token is to be predicted). The weights may be arrays (they follow schedules).
+    batch: "tokens" int32 [B, S+1]; optionally "segment_ids" (attention and prediction stay within a segment) and "positions" of the
+    same shape, and "loss_mask" [B, S], 1 where tokens[:, 1:] is to be predicted. The weights may be arrays (they follow schedules).
     over: what the two cross entropies are divided by; the batch's own number of targets by default. A part of a larger batch hands
     its share of the larger one's, so that the parts' mean is the whole's loss.
 
     Returns (loss, terms): float32 scalars "main", "mtp", "balance" (each before its weight; balance is summed over layers and averaged
     over sequences) and "load" [L, E], the tokens each expert of each MoE layer got (the MTP layer last).
     """
-    config, inputs = decoder.config, {name: x[:, :-1] for name, x in batch.items()}
-    where = inputs.get("positions"), inputs.get("segment_ids")
+    config, where = decoder.config, _where(batch)
     over = over or num_targets(batch)
-    hidden_BSD, stats = decoder(params, inputs["tokens"], *where)
+    hidden_BSD, stats = decoder(params, batch["tokens"][:, :-1], *where)
     main = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), targets(batch, 1)) / jnp.maximum(over.main, 1)
     moe_stats = [stats] if config.num_moe_layers else []
     mtp = jnp.zeros((), jnp.float32)
@@ -84,6 +85,18 @@ def loss_and_terms(
         balance = jnp.sum(jnp.concatenate([s.balance_loss for s in moe_stats]))
     loss = main + mtp_loss_weight * mtp + balance_loss_weight * balance
     return loss, {"main": main, "mtp": mtp, "balance": balance, "load": load_LE}
+
+
+def next_token_loss(decoder: Decoder, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """(summed −log p of the next tokens in nats, how many there are), float32: evaluation, without the MTP module."""
+    target = targets(batch, 1)
+    hidden_BSD = decoder(params, batch["tokens"][:, :-1], *_where(batch)).hidden_BSD
+    return cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), target), jnp.sum(target.weights_BS)
+
+
+def _where(batch):
+    """Positions and segment ids of the inputs."""
+    return tuple(batch[name][:, :-1] if name in batch else None for name in ("positions", "segment_ids"))
 
 
 def cross_entropy(decoder: Decoder, params: dict, normed_BSD: jax.Array, target: Targets) -> jax.Array:

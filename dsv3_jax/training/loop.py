@@ -1,0 +1,360 @@
+"""A training run from its config: data, steps, metrics, evaluation, checkpoints.
+
+A run is a function of its config alone: initial weights come from the seed, step k takes rows that the seed and k decide, and nothing
+else is drawn at random. What a checkpoint holds (parameters, optimizer, counters, position in the data) is therefore all there is, and
+a run that was stopped goes on bit for bit as if it had not been.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax import checkpoint
+from dsv3_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
+from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.loader import Loader, heldout_batches
+from dsv3_jax.data.prepare import Prepared, bits_per_byte, prepare, train_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.precision.recipe import check_devices, recipe
+from dsv3_jax.training import schedules
+from dsv3_jax.training.loss import next_token_loss
+from dsv3_jax.training.metrics import MetricsLog, Progress, load_max_over_mean
+from dsv3_jax.training.step import Trainer, TrainState
+
+_ROWS = PartitionSpec(("data", "expert"))  # the batch is sharded over both
+# A run's place in its data, before the first step: steps done, rows consumed by them, the name of the folder of prepared rows.
+_POSITION = {"step": 0, "row": 0, "rows": ""}
+
+
+class Result(NamedTuple):
+    """How a run ended. stopped_by: the signal that stopped it, or None; heldout_bits_per_byte: None when stopped or nothing is held out."""
+
+    directory: Path
+    step: int
+    stopped_by: int | None
+    heldout_bits_per_byte: float | None
+    prepared: Prepared
+
+
+def run(config: TrainConfig) -> Result:
+    """Train, or go on training, in `config.workdir`. Raises UserError, with the last complete checkpoint intact."""
+    directory = Path(config.workdir)
+    with _locked(directory), _stop_signals() as stop:
+        return Run(config, directory, stop).train()
+
+
+class Run:
+    """One run; its parts are made in the order in which they can go wrong, the cheap ones first."""
+
+    def __init__(self, config: TrainConfig, directory: Path, stop: list[int]):
+        self.config, self.directory, self.stop = config, directory, stop
+        numerics = recipe(resolve_precision(config.precision))
+        check_devices(numerics)
+        self.mesh = meshes.make(config.mesh)
+        _check_batch(config, self.mesh)
+        self.resumed_from = _find_resumed(config, directory)
+        position = self.resumed_from.load({"data": _POSITION})["data"] if self.resumed_from else _POSITION
+        self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
+        self.prepared = _prepare(config, directory, position["rows"])
+        self.loader = Loader(
+            self.prepared.directory,
+            seed=config.seed,
+            segment_ids=config.data.mask_documents,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.decoder = Decoder(config.model, numerics, remat=config.remat)
+        self.trainer = Trainer(self.decoder, config)
+        self._heldout_loss = jax.jit(lambda params, batch: next_token_loss(self.decoder, params, batch))
+        _use_compilation_cache()
+        self.state = self._initial_state() if self.resumed_from is None else self._restored_state()
+
+    # State.
+
+    def _initial_state(self) -> TrainState:
+        replicated, config = NamedSharding(self.mesh, PartitionSpec()), self.config
+        if config.init_from is None:
+            params = jax.jit(self.decoder.init, out_shardings=replicated)(jax.random.key(config.seed))
+        else:
+            params = _load_params(config.init_from, config.model, replicated)
+        return jax.jit(self.trainer.init, out_shardings=replicated, donate_argnums=0)(params)
+
+    def _restored_state(self) -> TrainState:
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        state = jax.eval_shape(self.trainer.init, self.decoder.abstract_params())
+        items = {name: checkpoint.with_shardings(item, replicated) for name, item in _items(state).items()}
+        saved = self.resumed_from.load(items)
+        return TrainState(params=saved["params"], ema=saved.get("ema"), **saved["train_state"])
+
+    def _save(self, writer: checkpoint.Writer) -> None:
+        position = {"step": self.step, "row": self.row, "rows": self.prepared.directory.name}
+        writer.save(self.step, _items(self.state) | {"data": position})
+
+    # Steps.
+
+    def train(self) -> Result:
+        config, directory = self.config, self.directory
+        if self.resumed_from is not None and self.resumed_from.directory.parent == directory.absolute():
+            checkpoint.set_aside_after(directory, self.step)
+        checkpoint.write_atomically(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        writer = checkpoint.Writer(directory, to_dict(config), keep=config.keep_checkpoints)
+        log = MetricsLog(directory, self.step)
+        progress = Progress(config.steps)
+        try:
+            with progress:
+                progress.say(self._banner())
+                self._train(writer, log, progress)
+                bits = self._evaluate_all(log, progress) if not self.stop else None
+        finally:
+            log.close()
+            writer.wait()
+        return Result(directory, self.step, self.stop[0] if self.stop else None, bits, self.prepared)
+
+    def _train(self, writer: checkpoint.Writer, log: MetricsLog, progress: Progress) -> None:
+        config, clock = self.config, _Clock()
+        steps = list(schedules.steps(config, self.step, self.row))
+        batches = self.loader.batches((step.first_row, step.num_rows) for step in steps)
+        pending = None  # the metrics of a step are read while the next one runs
+        for step, batch in zip(steps, batches):
+            self.state, metrics = self.trainer.step(self.state, self._place(batch), step.scheduled)
+            if pending:
+                self._report(*pending, clock, log, progress)
+            pending = step, metrics
+            self.step, self.row = step.number + 1, step.first_row + step.num_rows
+            last = self.step == config.steps or bool(self.stop)
+            evaluates = self.step % config.eval_every == 0 and not last
+            if last or evaluates or self.step % config.checkpoint_every == 0:
+                self._report(*pending, clock, log, progress)
+                pending = None
+                if last or self.step % config.checkpoint_every == 0:
+                    self._save(writer)
+                if evaluates:
+                    self._evaluate_some(metrics["load"], log, progress)
+                clock.pause()
+            if last:
+                break
+
+    def _place(self, batch: dict) -> dict:
+        sharding = NamedSharding(self.mesh, _ROWS)
+        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+    def _report(self, step: schedules.Step, metrics: dict, clock: "_Clock", log: MetricsLog, progress: Progress) -> None:
+        metrics = jax.device_get(metrics)
+        load_LE = metrics.pop("load")
+        number, row = step.number + 1, step.first_row + step.num_rows
+        tokens = step.num_rows * self.config.sequence_length
+        clock.tick(tokens)
+        values = {name: value.item() for name, value in metrics.items()} | {
+            "load_max_over_mean": load_max_over_mean(load_LE),
+            "learning_rate": float(step.scheduled.learning_rate),
+            "tokens": row * self.config.sequence_length,
+            "tokens_per_second": clock.tokens_per_second,
+        }
+        log.write(number, values)
+        left = schedules.total_tokens(self.config) - values["tokens"]
+        progress.show(number, values | {"seconds_left": left / clock.tokens_per_second if clock.tokens_per_second else float("inf")})
+        if values["skipped_in_row"] >= self.config.max_bad_steps:
+            steps = checkpoint.complete_steps(self.directory)
+            raise UserError(
+                f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row, up to step {number}: "
+                + (f"the last checkpoint, {self.directory / str(steps[-1])}, is intact; " if steps else "nothing was saved yet; ")
+                + "lower optimizer.learning_rate, or look at the data of these steps"
+            )
+
+    # Evaluation.
+
+    def _evaluate(self, every: int = 1) -> tuple[float, float]:
+        """(nats, tokens) of every n-th batch of the held-out rows."""
+        parts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        nats = count = 0.0
+        for i, batch in enumerate(heldout_batches(self.prepared.directory, self._eval_batch, **parts)):
+            if i % every == 0:
+                loss, num_tokens = self._heldout_loss(self.state.params, self._place(batch))
+                nats, count = nats + float(loss), count + float(num_tokens)
+        return nats, count
+
+    @property
+    def _eval_batch(self) -> int:
+        return self.config.microbatch_size or self.config.batch_size
+
+    def _evaluate_some(self, load_LE: jax.Array, log: MetricsLog, progress: Progress) -> None:
+        load = {"load": np.asarray(load_LE).tolist()}
+        if self.prepared.heldout.rows:
+            num_batches = -(-self.prepared.heldout.rows // self._eval_batch)
+            nats, count = self._evaluate(every=max(1, num_batches * self._eval_batch // max(1, self.config.eval_rows)))
+            load["heldout_loss"] = nats / count
+            progress.say(f"step {self.step}: held-out loss {nats / count:.4f}")
+        log.write(self.step, load)
+
+    def _evaluate_all(self, log: MetricsLog, progress: Progress) -> float | None:
+        if not self.prepared.heldout.rows:
+            return None
+        progress.say("coding the held-out documents")
+        nats, count = self._evaluate()
+        bits = bits_per_byte(nats, self.prepared.heldout.bytes)
+        log.write(self.step, {"heldout_loss": nats / count, "heldout_bits_per_byte": bits})
+        return bits
+
+    def _banner(self) -> str:
+        c, parameters = self.config, sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        start = "from new weights" if self.resumed_from is None else f"going on from {self.resumed_from.directory}"
+        if self.resumed_from is None and c.init_from:
+            start = f"from the weights of {c.init_from}"
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return (
+            f"{parameters:,} parameters, {c.batch_size} x {c.sequence_length} tokens a step, {c.steps} steps {start}\n"
+            f"{self.decoder.recipe.name} on {jax.devices()[0].device_kind} ({mesh}); in {self.directory}; compiling the step ..."
+        )
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` by the backend: bf16 on a GPU, float32 on a CPU, where bfloat16 is slow."""
+    return precision if precision != "auto" else ("float32" if jax.default_backend() == "cpu" else "bf16")
+
+
+def _items(state: TrainState) -> dict:
+    """The state as it lies in a checkpoint."""
+    train_state = {"adam": state.adam, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+    return {"params": state.params, "train_state": train_state} | ({"ema": state.ema} if state.ema is not None else {})
+
+
+def _prepare(config: TrainConfig, directory: Path, rows: str) -> Prepared:
+    """The rows, made or found, and the tokenizer, which goes into the run folder for whoever loads the run.
+
+    rows: the name of those a run began with, which it must go on with; '' for a new run.
+    """
+    data = config.data
+    cache = Path(data.cache) if data.cache else directory / "data"
+    if rows and (cache / rows / "meta.json").exists():
+        return Prepared.open(cache / rows)  # whatever has become of the corpus
+    corpus = Corpus(data.corpus, heldout_fraction=data.heldout_fraction)
+    tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else train_tokenizer(corpus, config.model.vocab_size, cache)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and model.vocab_size is {config.model.vocab_size}: raise it")
+    prepared = prepare(corpus, tokenizer, cache, sequence_length=config.sequence_length, fim_rate=data.fim_rate, seed=config.seed)
+    if rows and prepared.directory.name != rows:
+        raise UserError(
+            f"the corpus has changed and {cache / rows}, the rows this run was trained on, is gone: restore one of them, "
+            "or start a new run from its weights with --init-from and another --workdir"
+        )
+    tokenizer.save(directory / "tokenizer")
+    return prepared
+
+
+def _check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    if mesh.shape["pipe"] * mesh.shape["expert"] > 1:
+        raise UserError(f"mesh {config.mesh!r}: training spreads over the axis data alone so far: give data={mesh.size}")
+    for name in ("batch_size", "batch_ramp_from", "microbatch_size"):
+        size = getattr(config, name)
+        if size is not None and size % mesh.shape["data"]:
+            raise UserError(f"{name}={size} must be a multiple of data={mesh.shape['data']}, the devices the batch is spread over")
+
+
+def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | None:
+    """The step to go on from, if any, checked to be of the same run."""
+    steps = checkpoint.complete_steps(directory)
+    if config.resume in ("auto", "never"):
+        if config.resume == "never" and steps:
+            raise UserError(f"{directory} already holds a run (step {steps[-1]}): --resume auto goes on with it, or name another --workdir")
+        if not steps:
+            return None
+    saved = checkpoint.open_run(directory if config.resume == "auto" else config.resume)
+    if steps and saved.directory.parent != directory.absolute():
+        raise UserError(f"{directory} already holds a run (step {steps[-1]}): to go on with {saved.directory} name another --workdir")
+    before = from_dict(TrainConfig, saved.config)
+    ignored = {"cache"}
+    for what in ("model", "data"):
+        old, new = to_dict(getattr(before, what)), to_dict(getattr(config, what))
+        if changed := [f"{what}.{name} was {old[name]}, is {new[name]}" for name in old if old[name] != new[name] and name not in ignored]:
+            raise UserError(f"{saved.directory} is of another run ({'; '.join(changed)}): use its settings, or another --workdir")
+    for name in ("sequence_length", "seed"):
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new:
+            raise UserError(f"{saved.directory} is of another run ({name} was {old}, is {new}): use its settings, or another --workdir")
+    return saved
+
+
+def _load_params(path: str, model: ModelConfig, sharding: jax.sharding.Sharding) -> dict:
+    """Float32 parameters of a run folder, one of its steps, or a Hugging Face directory."""
+    if (Path(path) / "config.json").exists() and list(Path(path).glob("*.safetensors")):
+        from dsv3_jax import hub
+
+        _, params = hub.load(path, shardings=sharding, dtype=np.float32, weights="dequantised")
+    else:
+        params = checkpoint.open_run(path).params(dtype=np.float32, shardings=sharding)
+    expected = Decoder(model).abstract_params()
+    if problems := checkpoint.differences(expected, params):
+        raise UserError(f"--init-from {path} does not fit the model: {problems}. Give the config of the same model")
+    return params
+
+
+def _use_compilation_cache() -> None:
+    """Compiled steps are kept in the user's cache, so that a run that goes on starts fast; JAX's own variable moves it."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "dsv3_jax" / "compiled"))
+
+
+class _Clock:
+    """Tokens per second, a moving average over the last steps; pauses (evaluation, and what was compiled first) do not count."""
+
+    def __init__(self):
+        self.tokens_per_second, self._last = 0.0, None
+
+    def tick(self, tokens: int) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            rate = tokens / max(now - self._last, 1e-9)
+            self.tokens_per_second = 0.9 * self.tokens_per_second + 0.1 * rate if self.tokens_per_second else rate
+        self._last = now
+
+    def pause(self) -> None:
+        self._last = None
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Only one process trains in a folder. The lock goes with its process, however that ends."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to {directory} ({error.strerror}): give a --workdir that can be written") from error
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is training in {directory}: wait for it, or give another --workdir") from None
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Signals to stop, as they come: the step that runs is finished and saved. A second Ctrl-C ends the run at once."""
+    received: list[int] = []
+
+    def receive(number, frame):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

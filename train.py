@@ -1,0 +1,143 @@
+"""Train a model: `python train.py [RECIPE] [options]`. RECIPE is a name in configs/ (tiny by default) or a path of such a file.
+
+python train.py                                   the recipe tiny, from nothing to a sample, on any machine
+python train.py small --workdir runs/small        goes on where the folder left off, if it holds a run
+python train.py tiny --model.hidden-size 128      every field of a recipe is an option
+python train.py deepseek_v3 --dry-run             parameters, bytes a device, tokens a step; nothing is allocated
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import tyro
+
+from dsv3_jax.config import TrainConfig, did_you_mean
+from dsv3_jax.errors import UserError
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(TrainConfig):
+    """What a recipe says, and what only the command line does."""
+
+    dry_run: bool = False  # print parameters, bytes a device and tokens a step, and stop
+    fake_devices: int | None = None  # rehearse so many devices on a CPU
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 2 wrong input or a run that cannot go on, 128 + N stopped by signal N with everything saved."""
+    try:
+        return train(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(argv: list[str]) -> int:
+    named = bool(argv) and not argv[0].startswith("-")
+    recipe, options = (argv[0], argv[1:]) if named else ("tiny", argv)
+    command = parse(load_recipe(recipe), options)
+    set_environment(command)  # JAX reads it when it is first imported
+    config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
+    config = dataclasses.replace(config, workdir=config.workdir.format(recipe=Path(recipe).stem))
+
+    if command.dry_run:
+        import jax
+
+        from dsv3_jax.training import dry_run
+
+        print(dry_run.report(config, jax.device_count()))
+        return 0
+
+    from dsv3_jax.training import loop
+
+    result = loop.run(config)
+    again = shlex.join(["python", "train.py", *argv])
+    if result.stopped_by is not None:
+        print(f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}, saved; go on with:\n  {again}")
+        return 128 + result.stopped_by
+    if result.heldout_bits_per_byte is not None:
+        gzip = result.prepared.heldout_gzip9_bits_per_byte
+        print(f"held-out text: {result.heldout_bits_per_byte:.3f} bits per byte (gzip -9 of the same files: {gzip:.3f})")
+    print_sample(result)
+    print(f"train on:  {again} --steps {2 * config.steps}\ngenerate:  python serve.py {result.directory} --prompt 'import '")
+    return 0
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """The config of a recipe by its name in configs/, or by the path of a Python file with a function `recipe`."""
+    known = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
+    path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, known)}: choose one of {', '.join(known)}, or a path of a .py file")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.recipe()
+
+
+def parse(recipe: TrainConfig, options: list[str]) -> Command:
+    """The recipe with options put over it. Raises UserError where an option is unknown or its value wrong; exits after --help."""
+    default = Command(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)})
+    known = set(field_names(default)) | {"help"}
+    for option in options:
+        name = option.partition("=")[0].removeprefix("--").replace("_", "-")
+        if option.startswith("--") and name not in known and name.removeprefix("no-") not in known:
+            raise UserError(f"unknown option --{name}{did_you_mean(name, known)}: --help lists them")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(Command, default=default, args=options, prog="train.py", config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box: a title, the message, a rule, and help.
+        lines = [line.strip("│ ") for line in printed.getvalue().splitlines() if line.startswith("│")]
+        message = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)])
+        raise UserError(f"{message} (--help lists the options)") from None
+
+
+def field_names(config, prefix: str = "") -> list[str]:
+    """The options of a config: `steps`, `model.hidden-size`, ..."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        names += field_names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
+def set_environment(command: Command) -> None:
+    flags = []
+    if command.fake_devices is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags.append(f"--xla_force_host_platform_device_count={command.fake_devices}")
+    if command.deterministic:
+        flags.append("--xla_gpu_deterministic_ops=true")
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+
+def print_sample(result) -> None:
+    """How the model goes on from the beginning of a held-out document."""
+    import dsv3_jax
+    from dsv3_jax.data.loader import heldout_batches
+
+    model = dsv3_jax.load(result.directory)
+    if result.prepared.heldout.rows:
+        tokens = next(heldout_batches(result.prepared.directory, 1))["tokens"][0, :48].tolist()
+    else:
+        tokens = model.tokenizer.encode("")
+    answer = model.generate([tokens], max_new_tokens=64)[0]
+    print(f"sample:\n{model.tokenizer.decode(tokens)}[...]{model.tokenizer.decode(answer)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
