@@ -40,6 +40,16 @@ def _dispatch(op, implementation, hopper, reference, options, *operands):
     return lax.platform_dependent(*operands, cpu=plain, cuda=_on_hopper(op, kernel), default=_on_hopper(op, plain))
 
 
+def device_kind() -> str:
+    """The GPU that kernels are tuned for: this process's, or an H200 where there is none and kernels can only be compiled for later."""
+    return jax.local_devices(backend="gpu")[0].device_kind if jax.default_backend() == "gpu" else "NVIDIA H200"
+
+
+def device_sms() -> int:
+    """How many SMs that GPU has."""
+    return jax.local_devices(backend="gpu")[0].core_count if jax.default_backend() == "gpu" else 132
+
+
 def _on_hopper(op, function):
     """`function`, with results that refuse to be lowered for anything but a Hopper GPU."""
     return lambda *operands: jax.tree.map(functools.partial(_hopper_only.bind, op=op), function(*operands))

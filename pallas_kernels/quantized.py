@@ -87,3 +87,17 @@ def _check_scales(scales, expected, values):
         raise ValueError(
             f"scales: expected float32 {list(expected)} for values {list(values.shape)}, got {scales.dtype} {list(scales.shape)}"
         )
+
+
+def pad_operand(q: Quantized, *, rows: int) -> Quantized:
+    """`q` with zeros appended so that TMA can address it: whole blocks along K, and `rows` rows or a multiple of that. Free if nothing is
+    missing; what has up to 8 rows needs only whole 16-byte lines of scales."""
+    *lead, n, k = q.shape
+    padded_rows = n if n <= 8 and rows == 8 else -(-n // rows) * rows
+    values = pad_to(q.values, (*lead, padded_rows, num_blocks(k) * BLOCK))
+    scales_shape = q.stored_scales.shape
+    if q.kind == "tiles":
+        scales_shape = (*scales_shape[:-1], -(-padded_rows // 4) * 4)
+    else:
+        scales_shape = (*lead, num_blocks(padded_rows), num_blocks(k))
+    return Quantized(values, pad_to(q.stored_scales, scales_shape), q.kind)

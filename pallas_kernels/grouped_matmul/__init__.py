@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import hopper, reference
 from pallas_kernels.platform import dispatch
 
 
@@ -32,7 +32,7 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
         a,
         b,
         group_sizes,
-        hopper=reference.grouped_fp8_matmul,
+        hopper=hopper.grouped_fp8_matmul,
         reference=reference.grouped_fp8_matmul,
         out_dtype=jnp.dtype(out_dtype),
         num_sms=num_sms,
@@ -48,7 +48,8 @@ def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, imp
       counts: int32 [G], each from 0 to rows, on the device.
       out_dtype, num_sms, implementation: as in `fp8_matmul`.
 
-    Returns [G, rows, N], zeros in the rows past the counts. Raises ValueError for wrong dtypes, shapes, or a device that cannot run it.
+    Returns [G, rows, N]. Rows past the counts are not defined: the kernel spends no time on them. Raises ValueError for wrong dtypes,
+    shapes, or a device that cannot run it.
     """
     checks.quantized("a", a, "tiles", ndim=3)
     checks.quantized("b", b, "blocks", ndim=3)
@@ -63,7 +64,7 @@ def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, imp
         a,
         b,
         counts,
-        hopper=reference.masked_fp8_matmul,
+        hopper=hopper.masked_fp8_matmul,
         reference=reference.masked_fp8_matmul,
         out_dtype=jnp.dtype(out_dtype),
         num_sms=num_sms,

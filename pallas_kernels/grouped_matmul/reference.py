@@ -7,14 +7,14 @@ computed, not G times M, and no copy of the weights is made per row.
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul.tiles import group_tiles, num_tiles
+from pallas_kernels.grouped_matmul.tiles import group_tiles
 from pallas_kernels.matmul.reference import product
 from pallas_kernels.quantized import Quantized, pad_to
 
 
 def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=None):
     rows_total, k = a.shape
-    groups, n, _ = b.shape
+    groups = b.shape[0]
     tile = max(8, min(128, rows_total // groups))
     tiles = group_tiles(group_sizes, tile, rows_total)
     values = pad_to(a.values, (rows_total + tile, k))  # a tile may begin at the last row
@@ -22,21 +22,18 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
 
     def one_tile(record):
         start, group = record
-        x = Quantized.tiles(lax.dynamic_slice_in_dim(values, start, tile), lax.dynamic_slice_in_dim(scales, start, tile)).dequantize()
-        w = Quantized.blocks(b.values[group], b.stored_scales[group]).dequantize()
-        return product(x, w).astype(out_dtype)
+        x = Quantized.tiles(lax.dynamic_slice_in_dim(values, start, tile), lax.dynamic_slice_in_dim(scales, start, tile))
+        w = Quantized.blocks(b.values[group], b.stored_scales[group])
+        return product(x.dequantize(), w.dequantize()).astype(out_dtype)
 
     out = lax.map(one_tile, (tiles.start, jnp.minimum(tiles.group, groups - 1)))
 
-    sizes = group_sizes.astype(jnp.int32)
-    ends = jnp.cumsum(sizes)
     row = jnp.arange(rows_total, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
-    safe = jnp.minimum(group, groups - 1)
-    offset = row - (ends - sizes)[safe]
-    first_tile = jnp.cumsum((sizes + tile - 1) // tile) - (sizes + tile - 1) // tile
-    position = jnp.clip((first_tile[safe] + offset // tile) * tile + offset % tile, 0, num_tiles(rows_total, groups, tile) * tile - 1)
-    return jnp.where((group < groups)[:, None], out.reshape(-1, n)[position], 0)
+    tile_of_row = (
+        jnp.searchsorted(jnp.where(tiles.last > tiles.first, tiles.first, rows_total), row, side="right", method="compare_all") - 1
+    )
+    rows = out[tile_of_row, row - tiles.start[tile_of_row]]
+    return jnp.where((tiles.group[tile_of_row] < groups)[:, None], rows, 0)
 
 
 def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None):

@@ -7,32 +7,36 @@ import jax.numpy as jnp
 
 
 class Tiles(NamedTuple):
-    """int32 [num_tiles] each. Tiles of group G (one past the last) hold rows that belong to no group; unused tiles are empty."""
+    """int32 [num_tiles] each, in order of rows; unused tiles, which are empty, come last.
 
-    start: jax.Array  # first row
-    size: jax.Array  # rows, at most the tile size; 0 in unused tiles
+    A tile covers the rows from `start` on, of which [first, last) belong to its group. Group G, one past the last, has the rows that belong
+    to no group.
+    """
+
+    start: jax.Array
+    first: jax.Array
+    last: jax.Array
     group: jax.Array
 
 
-def num_tiles(rows: int, groups: int, tile: int) -> int:
-    """The most tiles that `rows` rows in `groups` groups and one rest can need."""
-    return (rows + (groups + 1) * (tile - 1)) // tile
+def num_tiles(rows: int, groups: int, tile: int, align: int = 1) -> int:
+    """The most tiles that `rows` rows in `groups` groups and a rest can need."""
+    return (rows + (groups + 1) * (tile + align - 2)) // tile
 
 
-def group_tiles(group_sizes, tile: int, rows: int) -> Tiles:
-    """Tiles of `tile` rows for `rows` rows; group g begins after the rows of the groups before it.
-
-    Rows past the last group are tiles of group G, so that the caller can fill them with zeros. Sizes that add up to more are cut.
-    """
+def group_tiles(group_sizes, tile: int, rows: int, align: int = 1) -> Tiles:
+    """Tiles of `tile` rows, each beginning at a multiple of `align`. Sizes that add up to more than `rows` are cut."""
     groups = group_sizes.shape[0]
-    end = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
-    end = jnp.concatenate([end, jnp.full_like(end[:1], rows)])
-    begin = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1]])
-    tiles_end = jnp.cumsum((end - begin + tile - 1) // tile)
-    index = jnp.arange(num_tiles(rows, groups, tile), dtype=jnp.int32)
-    group = jnp.sum(index[:, None] >= tiles_end[None, :], axis=1, dtype=jnp.int32)
-    safe = jnp.minimum(group, groups)
-    first = tiles_end[safe] - (end[safe] - begin[safe] + tile - 1) // tile
-    start = begin[safe] + (index - first) * tile
-    size = jnp.where(group <= groups, jnp.minimum(end[safe] - start, tile), 0)
-    return Tiles(jnp.where(size > 0, start, 0), size, safe)
+    last = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
+    last = jnp.concatenate([last, jnp.full_like(last[:1], rows)])
+    first = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
+    start = first // align * align
+    tiles = jnp.where(last > first, (last - start + tile - 1) // tile, 0)
+    tiles_before = jnp.cumsum(tiles) - tiles
+
+    index = jnp.arange(num_tiles(rows, groups, tile, align), dtype=jnp.int32)
+    group = jnp.sum(index[:, None] >= (tiles_before + tiles)[None, :], axis=1, dtype=jnp.int32)
+    used = group <= groups
+    group = jnp.minimum(group, groups)
+    begin = jnp.where(used, start[group] + (index - tiles_before[group]) * tile, 0)
+    return Tiles(begin, jnp.maximum(begin, first[group]) * used, jnp.minimum(begin + tile, last[group]) * used, group)

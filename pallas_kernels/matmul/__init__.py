@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks
-from pallas_kernels.matmul import reference
+from pallas_kernels.matmul import hopper, reference
 from pallas_kernels.platform import dispatch
 
 
@@ -30,7 +30,7 @@ def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, num_sms=None, implementation=Non
         implementation,
         a,
         b,
-        hopper=reference.fp8_matmul,
+        hopper=hopper.fp8_matmul,
         reference=reference.fp8_matmul,
         out_dtype=jnp.dtype(out_dtype),
         num_sms=num_sms,

@@ -72,7 +72,7 @@ def _grouped_transpose(x, group_sizes):
     sizes = group_sizes.astype(jnp.int32)
     starts = padded_starts(sizes)
     position = jnp.arange(padded_tokens(tokens, len(sizes)), dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(starts, position, side="right").astype(jnp.int32) - 1, len(sizes) - 1)
+    group = jnp.minimum(jnp.searchsorted(starts, position, side="right", method="compare_all").astype(jnp.int32) - 1, len(sizes) - 1)
     offset = position - starts[group]
     source = (jnp.cumsum(sizes) - sizes)[group] + offset
     rows = jnp.take(x, source, axis=0, mode="fill", fill_value=0)

@@ -5,7 +5,7 @@ import jax
 from pallas_kernels import checks
 from pallas_kernels.platform import dispatch
 from pallas_kernels.quantized import BLOCK
-from pallas_kernels.wgrad import reference
+from pallas_kernels.wgrad import hopper, reference
 
 
 def fp8_wgrad(a, b, *, accumulate=None, num_sms=None, implementation=None) -> jax.Array:
@@ -25,9 +25,7 @@ def fp8_wgrad(a, b, *, accumulate=None, num_sms=None, implementation=None) -> ja
     checks.accumulate("accumulate", accumulate, (a.shape[0], b.shape[0]))
     checks.num_sms(num_sms)
 
-    return dispatch(
-        "fp8_wgrad", implementation, a, b, accumulate, hopper=reference.fp8_wgrad, reference=reference.fp8_wgrad, num_sms=num_sms
-    )
+    return dispatch("fp8_wgrad", implementation, a, b, accumulate, hopper=hopper.fp8_wgrad, reference=reference.fp8_wgrad, num_sms=num_sms)
 
 
 def grouped_fp8_wgrad(a, b, group_sizes, *, accumulate=None, num_sms=None, implementation=None) -> jax.Array:
@@ -60,7 +58,7 @@ def grouped_fp8_wgrad(a, b, group_sizes, *, accumulate=None, num_sms=None, imple
         b,
         group_sizes,
         accumulate,
-        hopper=reference.grouped_fp8_wgrad,
+        hopper=hopper.grouped_fp8_wgrad,
         reference=reference.grouped_fp8_wgrad,
         num_sms=num_sms,
     )

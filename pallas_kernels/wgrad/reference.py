@@ -18,7 +18,7 @@ def grouped_fp8_wgrad(a, b, group_sizes, accumulate=None, *, num_sms=None):
     k, groups = b.shape[0], group_sizes.shape[0]
     out = jnp.zeros_like(a.stored_scales, shape=(groups, n, k)) if accumulate is None else accumulate
     tiles = tokens // BLOCK
-    group = jnp.searchsorted(padded_starts(group_sizes), jnp.arange(tiles, dtype=jnp.int32) * BLOCK, side="right") - 1
+    group = jnp.searchsorted(padded_starts(group_sizes), jnp.arange(tiles, dtype=jnp.int32) * BLOCK, side="right", method="compare_all") - 1
 
     def add_tile(out, operands):
         group, x, y = operands
