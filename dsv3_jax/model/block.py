@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MLA, PagedCache, Positions
@@ -13,7 +14,7 @@ from dsv3_jax.precision import Recipe
 
 
 class DecoderLayer(Module):
-    """x += attention(norm(x)); x += ffn(norm(x)). A dense layer's RouterStats are empty: [0] loads, zero loss."""
+    """x += attention(norm(x)); x += ffn(norm(x)). A dense layer's RouterStats are empty: [0] loads, zeros."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs, *, dense: bool, exchange: Exchange):
         self.config, self.recipe, self.dense = config, recipe, dense
@@ -29,7 +30,7 @@ class DecoderLayer(Module):
         """[B, S, D] -> ([B, S, D], router statistics), attending within the rows."""
         with jax.named_scope("attention"):
             x_BSD = x_BSD + self.self_attn(self._norm("input_layernorm", x_BSD), where)
-        return self.feed_forward(x_BSD)
+        return self.feed_forward(checkpoint_name(x_BSD, "residual"))
 
     def decode(
         self, x_BSD: jax.Array, where: Positions, cache: PagedCache, *, from_start: bool = False
@@ -46,7 +47,8 @@ class DecoderLayer(Module):
         normed = self._norm("post_attention_layernorm", x_BSD)
         if self.dense:
             with jax.named_scope("mlp"):
-                return x_BSD + self.mlp(normed), RouterStats(jnp.zeros((0,), jnp.float32), jnp.zeros((), jnp.float32))
+                zero = jnp.zeros((), jnp.float32)
+                return x_BSD + self.mlp(normed), RouterStats(jnp.zeros((0,), jnp.float32), zero, zero)
         with jax.named_scope("moe"):
             y_BSD, stats = self.mlp(normed)
             return x_BSD + y_BSD, stats

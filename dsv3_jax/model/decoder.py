@@ -23,7 +23,9 @@ _REMAT_POLICIES = {
     # Recompute everything inside a layer; keep its input.
     "layer": jax.checkpoint_policies.nothing_saveable,
     # The report's choice (§3.2.3): keep what is expensive, recompute RMSNorm, the MLA up-projections and SwiGLU.
-    "norms_and_up": jax.checkpoint_policies.save_only_these_names("q_latent", "kv_latent", "attention", "gate_up"),
+    "norms_and_up": jax.checkpoint_policies.save_only_these_names(
+        "q_latent", "kv_latent", "attention", "residual", "router", "dispatched", "gate_up"
+    ),
 }
 
 

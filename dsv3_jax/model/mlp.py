@@ -1,19 +1,11 @@
 """The SwiGLU feed-forward network: down(silu(gate x) · up x)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.module import Module, weight
 from dsv3_jax.precision import Recipe
-
-
-def silu_gate(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) · up in float32. gate_up [..., 2F], gate first -> [..., F]."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate_up.dtype)
 
 
 class MLP(Module):
@@ -26,4 +18,4 @@ class MLP(Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
-        return self.linear("down_proj", silu_gate(checkpoint_name(self.linear("gate_up_proj", x), "gate_up")))
+        return self.swiglu_linear("down_proj", self.linear("gate_up_proj", x))

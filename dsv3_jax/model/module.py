@@ -2,8 +2,8 @@
 
 A module says what its weights are (shape, logical axes, initial values) and what it computes. Parameters live outside, as a pure
 nested dict of arrays that goes through `jax.jit`, `lax.scan` and checkpoints; `bind` puts such a dict into a copy of a module.
-Beside a weight `name` the dict may hold `name_scale` (the weight is then float8_e4m3fn with 128x128 block scales) and `name_tap`
-(see dsv3_jax.precision.linear).
+Beside a weight `name` the dict may hold `name_scale` (the weight is then float8_e4m3fn with 128x128 block scales), and for a training
+step `name_fp8`, `name_overflow` (dsv3_jax.precision.weights) and `name_tap` (dsv3_jax.precision.tap).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.precision import Recipe, dense, grouped_linear, linear
+from dsv3_jax.precision import FP8_WEIGHTS, Activation, FP8Weight, Recipe, Scales, Weight, dense, grouped_linear, linear, swiglu_linear
 from pallas_kernels import Quantized
 
 
@@ -24,20 +24,30 @@ class Module(nnx.Module):
 
     def linear(self, name: str, x: jax.Array) -> jax.Array:
         """x [..., K] times the weight `name` [..., N, K] (leading axes of the weight are merged into N)."""
-        return linear(x, *self._weight_and_tap(name), self.recipe)
+        return linear(x, self._weight(name), recipe=self.recipe, **self._options(name))
+
+    def grouped_linear(self, name: str, x_RK: jax.Array | Activation, group_sizes_E: jax.Array) -> jax.Array:
+        """Rows sorted by expert times the weight `name` [E, ..., N, K]."""
+        return grouped_linear(x_RK, self._weight(name), group_sizes_E, recipe=self.recipe, **self._options(name))
+
+    def swiglu_linear(self, name: str, gate_up: jax.Array, group_sizes_E=None, row_weights=None) -> jax.Array:
+        """silu(gate) · up (· a weight for each row) times the weight `name` [N, K], or [E, N, K] when group sizes are given."""
+        return swiglu_linear(gate_up, self._weight(name), group_sizes_E, row_weights, recipe=self.recipe, **self._options(name))
 
     def dense_weight(self, name: str) -> jax.Array:
         """The weight `name` itself in the compute dtype, where it is not used as a product."""
-        return dense(self._weight_and_tap(name)[0], self.recipe.compute_dtype).astype(self.recipe.compute_dtype)
+        w = self._weight(name)
+        return dense(w.master if isinstance(w, FP8Weight) else w, self.recipe.compute_dtype).astype(self.recipe.compute_dtype)
 
-    def grouped_linear(self, name: str, x_RK: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-        """Rows sorted by expert times the weight `name` [E, ..., N, K]."""
-        w, tap = self._weight_and_tap(name)
-        return grouped_linear(x_RK, w, group_sizes_E, tap, self.recipe)
+    def _weight(self, name: str) -> Weight:
+        w, scale, fp8 = getattr(self, name)[...], getattr(self, name + "_scale", None), getattr(self, name + "_fp8", None)
+        if fp8 is not None:
+            return fp8._replace(master=w)
+        return w if scale is None else Quantized.blocks(w, scale[...])
 
-    def _weight_and_tap(self, name: str):
-        w, scale = getattr(self, name)[...], getattr(self, name + "_scale", None)
-        return w if scale is None else Quantized.blocks(w, scale[...]), getattr(self, name + "_tap", None)
+    def _options(self, name: str) -> dict:
+        tap, overflow = getattr(self, name + "_tap", None), getattr(self, name + "_overflow", None)
+        return {"tap": tap, "scales": FP8_WEIGHTS.get(name, Scales()), "overflow": overflow}
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
@@ -85,7 +95,7 @@ def _assign(module, params):
         if isinstance(variable, nnx.Variable) and name not in params:
             raise KeyError(f"missing parameter {name!r} of {type(module).__name__}")
     for name, value in params.items():
-        if name.endswith("_tap"):
+        if name.endswith(("_tap", "_fp8", "_overflow")):
             setattr(module, name, nnx.data(value))
         elif isinstance(value, Mapping):
             _assign(getattr(module, name), value)

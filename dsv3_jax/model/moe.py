@@ -13,9 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.mlp import MLP, silu_gate
+from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Module, RouterBias, weight
-from dsv3_jax.precision import Recipe
+from dsv3_jax.precision import FP8_WEIGHTS, Activation, Recipe, keep, quantise
+from pallas_kernels import Quantized
 
 
 class Routing(NamedTuple):
@@ -27,10 +28,15 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """load [E] float32: tokens that chose each expert; balance_loss: sequence-wise, mean over sequences, before its weight."""
+    """load [E] float32: tokens that chose each expert; balance_loss: sequence-wise, mean over sequences, before its weight.
+
+    fill: how full the fullest buffer of the exchange was, 1 being full; beyond 1 it had no room for some tokens and the result is void.
+    0 where there are no buffers.
+    """
 
     load_E: jax.Array
     balance_loss: jax.Array
+    fill: jax.Array
 
 
 class Router(Module):
@@ -38,14 +44,15 @@ class Router(Module):
 
     def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs):
         self.config, self.recipe = config, recipe
-        self.weight = weight(rngs, (config.n_routed_experts, config.hidden_size), ("experts", "embed"), config.initializer_range)
+        # Not an "experts" axis: every device scores all experts, wherever their weights lie.
+        self.weight = weight(rngs, (config.n_routed_experts, config.hidden_size), (None, "embed"), config.initializer_range)
         if config.topk_method == "noaux_tc":
-            self.e_score_correction_bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32), axes=("experts",))
+            self.e_score_correction_bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32), axes=(None,))
 
     def __call__(self, x_BSD: jax.Array) -> Routing:
         c = self.config
         x_TD = x_BSD.reshape(-1, c.hidden_size)
-        logits_TE = self.linear("weight", x_TD)
+        logits_TE = checkpoint_name(self.linear("weight", x_TD), "router")
         scores_TE = jax.nn.sigmoid(logits_TE) if c.scoring_func == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
         biased_TE = jax.lax.stop_gradient(scores_TE)
         if c.topk_method == "noaux_tc":
@@ -55,7 +62,8 @@ class Router(Module):
         if c.norm_topk_prob:
             weights_TK = weights_TK / (jnp.sum(weights_TK, axis=-1, keepdims=True) + 1e-20)
         load_E = _count(experts_TK, c.n_routed_experts)
-        stats = RouterStats(load_E, _balance_loss(scores_TE.reshape(*x_BSD.shape[:2], -1), c.num_experts_per_tok))
+        balance_loss = _balance_loss(scores_TE.reshape(*x_BSD.shape[:2], -1), c.num_experts_per_tok)
+        stats = RouterStats(load_E, balance_loss, jnp.zeros((), jnp.float32))
         return Routing(experts_TK, weights_TK * c.routed_scaling_factor, stats)
 
 
@@ -94,38 +102,44 @@ class Experts(Module):
         self.gate_up_proj = weight(rngs, (e, 2, f, d), ("experts", None, "mlp", "embed"), std)
         self.down_proj = weight(rngs, (e, d, f), ("experts", "embed", "mlp"), std)
 
-    def __call__(self, x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-        """[R, D] rows sorted by expert -> [R, D]."""
-        gate_up = checkpoint_name(self.grouped_linear("gate_up_proj", x_RD, group_sizes_E), "gate_up")
-        return self.grouped_linear("down_proj", silu_gate(gate_up), group_sizes_E)
+    def enter(self, x_TD: jax.Array) -> jax.Array | Activation:
+        """Tokens as they are dispatched: in FP8 recipes quantised, so that half of the bytes travel (report §3.3.3)."""
+        return quantise(x_TD, self.recipe, FP8_WEIGHTS["gate_up_proj"].input) if self.recipe.fp8 else x_TD
+
+    def __call__(self, x_RD: jax.Array | Activation, group_sizes_E: jax.Array, weights_R: jax.Array) -> jax.Array:
+        """[R, D] rows sorted by expert, as `enter` gives them, and their routing weights -> weighted outputs [R, D].
+
+        The weights act before the down-projection, which is the same and lets the backward pass do without the outputs.
+        """
+        gate_up = self.grouped_linear("gate_up_proj", x_RD, group_sizes_E)
+        return self.swiglu_linear("down_proj", gate_up, group_sizes_E, weights_R)
 
 
 class Dispatched(NamedTuple):
-    """Tokens sorted by expert. x [R, D] with R = T·K; group_sizes [E]; order [R]: the flat (token, k) of each row; inverse [R]."""
+    """Tokens sorted by expert. x [R, D] with R = T·K, weights [R]; group_sizes [E]; order [R]: the flat (token, k) of each row; inverse."""
 
-    x_RD: jax.Array
+    x_RD: jax.Array | Activation
+    weights_R: jax.Array
     group_sizes_E: jax.Array
     order_R: jax.Array
     inverse_R: jax.Array
 
 
-def dispatch(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int) -> Dispatched:
+def dispatch(x_TD: jax.Array | Activation, routing: Routing) -> Dispatched:
     """Every token once for each of its experts, sorted by expert: dropless, no padding."""
-    flat = experts_TK.reshape(-1)
+    flat = routing.experts_TK.reshape(-1)
     order_R = jnp.argsort(flat, stable=True).astype(jnp.int32)
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
-    group_sizes_E = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    return Dispatched(_spread(x_TD, order_R, inverse_R), group_sizes_E, order_R, inverse_R)
+    group_sizes_E = jnp.sum(flat[:, None] == jnp.arange(routing.stats.load_E.size), axis=0, dtype=jnp.int32)
+    x_RD = keep(_spread(x_TD, order_R, inverse_R), "dispatched")
+    weights_R = _permute(routing.weights_TK.reshape(-1), order_R, inverse_R)
+    return Dispatched(x_RD, weights_R, group_sizes_E, order_R, inverse_R)
 
 
-def combine(y_RD: jax.Array, dispatched: Dispatched, weights_TK: jax.Array) -> jax.Array:
-    """The weighted sum of each token's experts: [R, D] -> [T, D]."""
-    y_TKD = _permute(y_RD, dispatched.inverse_R, dispatched.order_R).reshape(*weights_TK.shape, -1)
-    return jnp.einsum("tkd,tk->td", y_TKD, weights_TK.astype(y_TKD.dtype), precision=_precision(y_TKD))
-
-
-def _precision(x):
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def combine(y_RD: jax.Array, dispatched: Dispatched, num_tokens: int) -> jax.Array:
+    """The sum of each token's experts: [R, D] -> [T, D]."""
+    y_TKD = _permute(y_RD, dispatched.inverse_R, dispatched.order_R).reshape(num_tokens, -1, y_RD.shape[-1])
+    return jnp.sum(y_TKD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
 # Gathers whose transposes are gathers too: the inverse permutation is at hand, and a scatter-add would be several times slower.
@@ -137,25 +151,34 @@ def _permute(x, index, inverse):
 _permute.defvjp(lambda x, index, inverse: (x[index], inverse), lambda inverse, dy: (dy[inverse], None, None))
 
 
-@jax.custom_vjp
 def _spread(x_TD, order_R, inverse_R):
+    if not isinstance(x_TD, Activation):
+        return _spread_array(x_TD, order_R, inverse_R)
+    token_R = order_R // (order_R.size // x_TD.shape[0])
+    values, scales = jax.lax.stop_gradient((x_TD.quantised.values, x_TD.quantised.scales()))
+    return Activation(Quantized.tiles(values[token_R], scales[token_R]), _spread_array(x_TD.gradient, order_R, inverse_R))
+
+
+@jax.custom_vjp
+def _spread_array(x_TD, order_R, inverse_R):
     return x_TD[order_R // (order_R.size // x_TD.shape[0])]
 
 
-_spread.defvjp(
-    lambda x_TD, order_R, inverse_R: (_spread(x_TD, order_R, inverse_R), (inverse_R, x_TD.shape[0])),
+_spread_array.defvjp(
+    lambda x_TD, order_R, inverse_R: (_spread_array(x_TD, order_R, inverse_R), (inverse_R, x_TD.shape[0])),
     lambda saved, dy_RD: (dy_RD[saved[0]].reshape(saved[1], -1, dy_RD.shape[-1]).sum(axis=1), None, None),
 )
 
 
-# Takes tokens to the experts and back: (x [T, D], routing, experts) -> [T, D].
-Exchange = Callable[[jax.Array, Routing, Experts], jax.Array]
+# Takes tokens to the experts and back: (x [T, D], routing, experts) -> ([T, D], fill of RouterStats).
+Exchange = Callable[[jax.Array, Routing, Experts], tuple[jax.Array, jax.Array]]
 
 
-def exchange_locally(x_TD: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+def exchange_locally(x_TD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
     """The exchange of one device that holds all experts."""
-    dispatched = dispatch(x_TD, routing.experts_TK, routing.stats.load_E.shape[0])
-    return combine(experts(dispatched.x_RD, dispatched.group_sizes_E), dispatched, routing.weights_TK)
+    dispatched = dispatch(experts.enter(x_TD), routing)
+    y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R)
+    return combine(y_RD, dispatched, x_TD.shape[0]), routing.stats.fill
 
 
 class MoE(Module):
@@ -171,7 +194,8 @@ class MoE(Module):
     def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, RouterStats]:
         """[B, S, D] -> ([B, S, D], stats)."""
         routing = self.gate(x_BSD)
-        y_BSD = self.exchange(x_BSD.reshape(-1, x_BSD.shape[-1]), routing, self.experts).reshape(x_BSD.shape)
+        y_TD, fill = self.exchange(x_BSD.reshape(-1, x_BSD.shape[-1]), routing, self.experts)
+        y_BSD = y_TD.reshape(x_BSD.shape)
         if hasattr(self, "shared_experts"):
             y_BSD = y_BSD + self.shared_experts(x_BSD)
-        return y_BSD, routing.stats
+        return y_BSD, routing.stats._replace(fill=fill)

@@ -1,21 +1,40 @@
-"""Numeric recipes: in which format the products of a model run. `linear` and `grouped_linear` are its only weight products."""
+"""Numeric recipes: in which format the products of a model run.
 
-from dsv3_jax.precision.linear import Tap, grouped_linear, linear, weight_gradient
-from dsv3_jax.precision.recipe import BF16, FLOAT32, FP8_WEIGHTS, Recipe, recipe
-from dsv3_jax.precision.weights import dense, fp8_axes, from_fp8, to_fp8
+`linear`, `grouped_linear` and `swiglu_linear` are the model's only weight products; `recipe` has the table of what FP8 computes.
+"""
+
+from dsv3_jax.precision.fp8 import Activation, keep, quantise
+from dsv3_jax.precision.linear import Weight, grouped_linear, linear, silu_gate, swiglu_linear
+from dsv3_jax.precision.recipe import BF16, FLOAT32, FP8, FP8_REFERENCE, FP8_WEIGHTS, Recipe, Scales, check_devices, recipe
+from dsv3_jax.precision.tap import Tap, weight_gradient
+from dsv3_jax.precision.weights import FP8Weight, attach, dense, fp8_axes, from_fp8, overflow_counters, quantize_params, to_fp8
 
 __all__ = [
     "BF16",
     "FLOAT32",
+    "FP8",
+    "FP8_REFERENCE",
     "FP8_WEIGHTS",
+    "Activation",
+    "FP8Weight",
     "Recipe",
+    "Scales",
     "Tap",
+    "Weight",
+    "attach",
+    "check_devices",
     "dense",
     "fp8_axes",
     "from_fp8",
     "grouped_linear",
+    "keep",
     "linear",
+    "overflow_counters",
+    "quantise",
+    "quantize_params",
     "recipe",
+    "silu_gate",
+    "swiglu_linear",
     "to_fp8",
     "weight_gradient",
 ]

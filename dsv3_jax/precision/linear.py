@@ -1,73 +1,125 @@
-"""The two weight products of the model: y = x wᵀ, dense and grouped by expert.
+"""The weight products of the model: y = x wᵀ, dense and grouped by expert.
 
 Weights lie [out, in], as in Hugging Face checkpoints and in the kernels' `b [N, K]`; leading axes are parts of the output ([2, F, D]:
-gate and up). A weight is a float32 master, cast where it is used, whose gradient comes out in float32, never rounded to the compute
-dtype; or `Quantized` blocks, as FP8 checkpoints have it, which is frozen: it gets no gradient.
-
-A `Tap` splits the weight gradient off. Given one, the product returns as the tap's "cotangent" the pair (x, dy) that the weight
-gradient is made of, and zero for the weight: a pipeline runs the input-gradient pass first and `weight_gradient` of the stashed pairs
-later, without computing anything twice (report §3.2.1; DualPipe's WeightGradStore).
+gate and up). A weight is a float32 master, cast or quantised where it is used, whose gradient comes out in float32, never rounded to the
+compute dtype; or `Quantized` blocks, as FP8 checkpoints have it, which is frozen; or an `FP8Weight`, a master with its FP8 form at hand.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.precision.grouped import grouped_matmul, grouped_matmul_weight_gradient
-from dsv3_jax.precision.recipe import FLOAT32, Recipe
-from dsv3_jax.precision.weights import dense
-from pallas_kernels import Quantized
+from dsv3_jax.precision import fp8
+from dsv3_jax.precision.grouped import grouped_matmul
+from dsv3_jax.precision.recipe import FLOAT32, Recipe, Scales
+from dsv3_jax.precision.tap import Tap, weight_gradient
+from dsv3_jax.precision.weights import FP8Weight, dense
+from pallas_kernels import Quantized, quantize_blocks
 
-
-class Tap(NamedTuple):
-    """Zeros in, (x [T, K], dy [T, N]) out as their cotangents. Make one with `Tap.zeros`."""
-
-    x: jax.Array
-    dy: jax.Array
-
-    @classmethod
-    def zeros(cls, rows: int, w_shape: tuple[int, ...], recipe: Recipe) -> "Tap":
-        """A tap for a product of `rows` rows with a weight of shape [N, K] or [E, N, K]."""
-        return cls(jnp.zeros((rows, w_shape[-1]), recipe.compute_dtype), jnp.zeros((rows, w_shape[-2]), recipe.compute_dtype))
+Weight = jax.Array | Quantized | FP8Weight
+_FLOAT_SCALES = Scales()
 
 
-def linear(x: jax.Array, w: jax.Array | Quantized, tap: Tap | None = None, recipe: Recipe = FLOAT32, out_dtype: Any = None) -> jax.Array:
+def linear(
+    x: jax.Array,
+    w: Weight,
+    tap: Tap | None = None,
+    recipe: Recipe = FLOAT32,
+    out_dtype: Any = None,
+    *,
+    scales: Scales = _FLOAT_SCALES,
+    overflow: jax.Array | None = None,
+) -> jax.Array:
     """x [..., K] times wᵀ, w [..., N, K], to [..., N] (all of w's leading axes in N), accumulated in float32.
 
-    out_dtype: the compute dtype by default.
+    out_dtype: the compute dtype by default. scales, overflow: of FP8 products (see `recipe`, `overflow_counters`).
     """
-    w_NK = dense(w, recipe.compute_dtype).reshape(-1, w.shape[-1])
     x_TK = x.reshape(-1, x.shape[-1]).astype(recipe.compute_dtype)
-    y_TN = _product(x_TK, w_NK, None, tap, recipe, out_dtype or recipe.compute_dtype)
+    y_TN = _linear(x_TK, w, None, tap, recipe, scales, overflow, out_dtype or recipe.compute_dtype)
     return y_TN.reshape(*x.shape[:-1], -1)
 
 
 def grouped_linear(
-    x_RK: jax.Array, w_ENK: jax.Array | Quantized, group_sizes_E: jax.Array, tap: Tap | None = None, recipe: Recipe = FLOAT32
+    x_RK: jax.Array | fp8.Activation,
+    w_ENK: Weight,
+    group_sizes_E: jax.Array,
+    tap: Tap | None = None,
+    recipe: Recipe = FLOAT32,
+    *,
+    scales: Scales = _FLOAT_SCALES,
+    overflow: jax.Array | None = None,
 ) -> jax.Array:
     """Rows sorted by expert, each times its own expert's weight: [R, K] x [E, ..., N, K] -> [R, N] in the compute dtype.
 
-    group_sizes_E: int32, rows of each expert in order; rows past their sum give zeros.
+    x may be quantised already (`quantise`). group_sizes_E: int32, rows of each expert in order; rows past their sum give zeros.
     """
-    w_ENK = dense(w_ENK, recipe.compute_dtype).reshape(w_ENK.shape[0], -1, w_ENK.shape[-1])
-    return _product(x_RK.astype(recipe.compute_dtype), w_ENK, group_sizes_E, tap, recipe, recipe.compute_dtype)
+    return _linear(x_RK, w_ENK, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype)
 
 
-def weight_gradient(stash: Tap, group_sizes_E: jax.Array | None = None, recipe: Recipe = FLOAT32) -> jax.Array:
-    """The weight gradient of a product, float32: dyᵀ x [N, K], or [E, N, K] when group sizes are given."""
-    precision = recipe.product_precision
-    if group_sizes_E is None:
-        return jnp.einsum("tn,tk->nk", stash.dy, stash.x, precision=precision, preferred_element_type=jnp.float32)
-    return grouped_matmul_weight_gradient(stash.x, stash.dy, group_sizes_E, precision)
+def swiglu_linear(
+    gate_up: jax.Array,
+    w: Weight,
+    group_sizes_E: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
+    tap: Tap | None = None,
+    recipe: Recipe = FLOAT32,
+    *,
+    scales: Scales = _FLOAT_SCALES,
+    overflow: jax.Array | None = None,
+) -> jax.Array:
+    """silu(gate) · up, times a weight for each row, times wᵀ: the second half of a SwiGLU network, dense or grouped.
+
+    gate_up [..., 2F], gate first (grouped: [R, 2F]); row_weights float32 [R] or None; w [N, F] or [E, N, F] -> [..., N].
+    """
+    gate_up_T = gate_up.reshape(-1, gate_up.shape[-1])
+    if recipe.fp8:
+        spec, fp8_weight = _fp8_operands(w, group_sizes_E, recipe, scales, recipe.compute_dtype)
+        y_TN = fp8.swiglu_product(spec, gate_up_T, row_weights, fp8_weight, group_sizes_E, tap, overflow)
+    else:
+        hidden = silu_gate(checkpoint_name(gate_up_T, "gate_up"), row_weights)
+        y_TN = _linear(hidden, w, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype)
+    return y_TN.reshape(*gate_up.shape[:-1], -1)
+
+
+def silu_gate(gate_up: jax.Array, row_weights: jax.Array | None = None) -> jax.Array:
+    """silu(gate) · up (· the row's weight) in float32. gate_up [..., 2F], gate first -> [..., F] in its dtype."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    hidden = jax.nn.silu(gate) * up
+    return (hidden if row_weights is None else hidden * row_weights[..., None]).astype(gate_up.dtype)
+
+
+def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype):
+    if recipe.fp8:
+        spec, fp8_weight = _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype)
+        if not isinstance(x_TK, fp8.Activation):
+            x_TK = fp8.quantise(x_TK.astype(recipe.compute_dtype), recipe, scales.input)
+        return fp8.product(spec, x_TK, fp8_weight, group_sizes_E, tap, overflow)
+    return _product(x_TK.astype(recipe.compute_dtype), dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype)
+
+
+def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
+    """The static description of an FP8 product and its weight, quantised here if that has not been done before."""
+    shape = w.master.shape if isinstance(w, FP8Weight) else w.shape
+    *parts, width, _ = shape if group_sizes_E is None else shape[1:]
+    parts = parts[0] if parts else 1
+    if isinstance(w, Quantized):
+        w = FP8Weight.of(w, parts)
+    elif not isinstance(w, FP8Weight):
+        w = FP8Weight.of(quantize_blocks(jax.lax.stop_gradient(w), implementation=recipe.fp8), parts)._replace(master=w)
+    return fp8.Product(recipe, scales, parts, width, out_dtype), w
 
 
 def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype):
-    w, precision = w.astype(recipe.compute_dtype), recipe.product_precision
+    """w: [..., N, K] -> [T, N] with all leading axes (but the experts') in N."""
+    precision = recipe.product_precision
     if group_sizes_E is None:
-        return jnp.einsum("tk,nk->tn", x_TK, w, precision=precision, preferred_element_type=out_dtype)
-    return grouped_matmul(x_TK, w, group_sizes_E, precision).astype(out_dtype)
+        w_NK = w.astype(recipe.compute_dtype).reshape(-1, w.shape[-1])
+        return jnp.einsum("tk,nk->tn", x_TK, w_NK, precision=precision, preferred_element_type=out_dtype)
+    w_ENK = w.astype(recipe.compute_dtype).reshape(w.shape[0], -1, w.shape[-1])
+    return grouped_matmul(x_TK, w_ENK, group_sizes_E, precision).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -82,11 +134,12 @@ def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
 def _product_bwd(recipe, out_dtype, saved, dy_TN):
     x_TK, w, group_sizes_E, tapped = saved
     dy_TN = dy_TN.astype(recipe.compute_dtype)
-    dx_TK = _multiply(dy_TN, jnp.swapaxes(w, -1, -2), group_sizes_E, recipe, recipe.compute_dtype)
+    merged = w.reshape(*([-1] if group_sizes_E is None else [w.shape[0], -1]), w.shape[-1])
+    dx_TK = _multiply(dy_TN, jnp.swapaxes(merged, -1, -2), group_sizes_E, recipe, recipe.compute_dtype)
     stash = Tap(x_TK, dy_TN)
     if tapped:
         return dx_TK, jnp.zeros_like(w), None, stash
-    return dx_TK, weight_gradient(stash, group_sizes_E, recipe).astype(w.dtype), None, None
+    return dx_TK, weight_gradient(stash, w.shape, group_sizes_E, recipe).astype(w.dtype), None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)

@@ -1,24 +1,91 @@
-"""Weights kept in FP8 inside a parameter dict.
+"""FP8 forms of weights, beside or instead of their float32 masters in the parameter dict.
 
-Beside an unquantised leaf there may be its FP8 form: `name` [..., N, K] float8_e4m3fn and `name_scale` float32
-[..., ceil(N/128), ceil(K/128)], value = code · scale, as released checkpoints have them (`weight`, `weight_scale_inv`).
+Stored: `name` [..., N, K] float8_e4m3fn and `name_scale` float32 [..., ceil(N/128), ceil(K/128)], value = code · scale, as released
+checkpoints have them (`weight`, `weight_scale_inv`). Nothing else is kept of such a weight: it is frozen.
+
+Trained: `name` is the float32 master, and `name_fp8` (an `FP8Weight`), made from it once a step by `quantize_params` and attached for
+that step, is what its products read. The gradient goes to the master as if there were no quantisation.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.precision.recipe import FP8_WEIGHTS
+from dsv3_jax.precision.recipe import FP8_WEIGHTS, Recipe
 from pallas_kernels import Quantized, quantize_blocks
 
-SCALE = "_scale"
+SCALE, FP8_FORM, OVERFLOW = "_scale", "_fp8", "_overflow"
+_BLOCK = 128
+
+
+class FP8Weight(NamedTuple):
+    """A weight as FP8 products read it: both operands have their contraction axis last, and the same codes and scales.
+
+    forward [..., N', K] and transposed [..., K, N']: Quantized blocks. N' counts the parts of a weight [P, N, K] (gate and up), each
+    padded with zeros to a multiple of 128, so that no block lies in two of them. master: the weight [..., N, K] that takes the
+    gradient, if one does.
+    """
+
+    forward: Quantized
+    transposed: Quantized
+    master: jax.Array | None = None
+
+    @classmethod
+    def of(cls, w: Quantized, parts: int = 1) -> "FP8Weight":
+        """From blocks [..., N, K], or [..., P, N, K] when there are several parts. Codes are moved, never rounded again."""
+        values, scales = w.values, w.scales()
+        if parts > 1:
+            *lead, _, n, k = values.shape
+            padding = [(0, 0)] * (values.ndim - 2) + [(0, -n % _BLOCK), (0, 0)]
+            values = jnp.pad(values, padding).reshape(*lead, -1, k)
+            scales = scales.reshape(*lead, -1, scales.shape[-1])
+        swap = lambda x: jnp.swapaxes(x, -1, -2)  # noqa: E731
+        return cls(Quantized.blocks(values, scales), Quantized.blocks(swap(values), swap(scales)))
 
 
 def dense(w: jax.Array | Quantized, dtype: Any) -> jax.Array:
     """The weight as an unquantised product takes it: a master as it is, FP8 blocks as code · scale (in float32) in `dtype`, frozen."""
     return jax.lax.stop_gradient(w.dequantize(dtype)) if isinstance(w, Quantized) else w
+
+
+def quantize_params(params: Mapping, recipe: Recipe) -> dict:
+    """What to `attach` to the parameters of a step: the FP8 form of every float32 weight that the recipe computes in FP8.
+
+    To be called once a step, outside of the loop over microbatches and of the function that is differentiated:
+
+        fp8 = quantize_params(params, recipe)
+        gradient = jax.grad(lambda params, batch: loss(attach(params, fp8), batch))
+
+    Empty for recipes without FP8.
+    """
+
+    def form(name, w):
+        parts = w.shape[-3] if name == "gate_up_proj" else 1
+        return {name + FP8_FORM: FP8Weight.of(quantize_blocks(w, implementation=recipe.fp8), parts)}
+
+    return _select(params, form) if recipe.fp8 else {}
+
+
+def overflow_counters(params: Mapping, recipe: Recipe) -> dict:
+    """Zeros to `attach` and to differentiate by: the "gradient" of `name_overflow` [2] ([L, 2] in a stack) float32 is the number of tiles
+    of the product's input and of its output gradient that hold a NaN or an infinity. Empty for recipes without FP8."""
+    counters = {}
+    for key, stack in params.items() if recipe.fp8 else ():
+        if isinstance(stack, Mapping):
+            count = jax.tree.leaves(stack)[0].shape[:1] if key.endswith("_layers") else ()
+            counters[key] = _select(stack, lambda name, w, count=count: {name + OVERFLOW: jnp.zeros((*count, 2), jnp.float32)})
+    return counters
+
+
+def attach(params: Mapping, *extras: Mapping) -> dict:
+    """The parameter dict with the leaves of the others added to its sub-dicts."""
+    merged = dict(params)
+    for extra in extras:
+        for name, leaf in extra.items():
+            merged[name] = attach(merged.get(name, {}), leaf) if isinstance(leaf, Mapping) else leaf
+    return merged
 
 
 def to_fp8(params: Mapping) -> dict:
@@ -41,26 +108,35 @@ def fp8_axes(axes: Mapping) -> dict:
 
 def from_fp8(params: Mapping, dtype: Any = jnp.float32) -> dict:
     """The inverse of `to_fp8`: every weight kept in FP8 becomes code · scale in `dtype`; other leaves stay as they are."""
-
-    def walk(tree):
-        made = {}
-        for name, leaf in tree.items():
-            if isinstance(leaf, Mapping):
-                made[name] = walk(leaf)
-            elif name + SCALE in tree:
-                made[name] = Quantized.blocks(leaf, tree[name + SCALE]).dequantize(dtype)
-            elif not name.endswith(SCALE):
-                made[name] = leaf
-        return made
-
-    return walk(params)
+    made = {}
+    for name, leaf in params.items():
+        if isinstance(leaf, Mapping):
+            made[name] = from_fp8(leaf, dtype)
+        elif name + SCALE in params:
+            made[name] = Quantized.blocks(leaf, params[name + SCALE]).dequantize(dtype)
+        elif not name.endswith(SCALE):
+            made[name] = leaf
+    return made
 
 
 def _convert(tree: Mapping, convert: Callable[[str, Any], dict]) -> dict:
+    """The tree with every FP8 weight replaced by the entries that `convert(name, leaf)` gives."""
     made = {}
     for name, leaf in tree.items():
         if isinstance(leaf, Mapping):
             made[name] = _convert(leaf, convert)
         else:
             made |= convert(name, leaf) if name in FP8_WEIGHTS else {name: leaf}
+    return made
+
+
+def _select(tree: Mapping, entries: Callable[[str, Any], dict]) -> dict:
+    """Only what `entries(name, leaf)` gives for the FP8 weights that have masters, in their sub-dicts."""
+    made = {}
+    for name, leaf in tree.items():
+        if isinstance(leaf, Mapping):
+            if inner := _select(leaf, entries):
+                made[name] = inner
+        elif name in FP8_WEIGHTS and name + SCALE not in tree:
+            made |= entries(name, leaf)
     return made
