@@ -1,0 +1,228 @@
+"""The engine: requests in, tokens and text out. `add` requests and call `step` while `has_work`; `generate` does both.
+
+engine = Engine(decoder, params, tokenizer=tokenizer)
+engine.generate(["def main("], SamplingParams(max_new_tokens=32, temperature=0))
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import Decoder
+from dsv3_jax.serving.cache import PagePool, free_memory, pages_within
+from dsv3_jax.serving.request import Completion, Output, Request, SamplingParams, TokenLogprob, derive_seed
+from dsv3_jax.serving.runner import Result, Runner, Shapes
+from dsv3_jax.serving.scheduler import Scheduler, Work
+from dsv3_jax.serving.text import TextStream
+
+
+@dataclasses.dataclass
+class Stats:
+    """Totals since the engine was made. acceptance = accepted / drafted."""
+
+    prompt_tokens: int = 0  # computed: prefix hits are not counted, what is computed again after a preemption is
+    generated_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class _Step(NamedTuple):
+    """What a step gave one request, before its text is looked at."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+
+
+class Engine:
+    """Continuous batching over a paged latent cache.
+
+    Args:
+      decoder, params: the model; arrays where they shall be used.
+      tokenizer: for text prompts, answers as text, and stop texts.
+      max_batch: requests that run at once.
+      max_length: tokens of a request, prompt and answer; default what the model's positions allow.
+      num_pages: size of the cache in pages of 64 tokens; default what max_batch requests of max_length can use, within free memory.
+      prefill_tokens: tokens of a prefill step; longer prompts are cut into such chunks.
+      fp8_cache: keep latents in FlashMLA's FP8 layout (656 bytes a token and layer).
+      speculate: draft a token a step with the model's MTP module. The tokens are the same with and without.
+
+    Raises UserError where these do not fit the model or the memory.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: dict,
+        *,
+        tokenizer=None,
+        max_batch: int = 64,
+        max_length: int | None = None,
+        num_pages: int | None = None,
+        prefill_tokens: int = 1024,
+        fp8_cache: bool = False,
+        speculate: bool = False,
+    ):
+        config = decoder.config
+        if speculate and not config.num_nextn_predict_layers:
+            raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
+        max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+        dtype = jnp.uint8 if fp8_cache else decoder.recipe.compute_dtype
+        shapes = Shapes.of(max_batch=max_batch, max_length=max_length, prefill_tokens=prefill_tokens)
+        if num_pages is None:
+            num_pages = min(pages_within(free_memory(), config, dtype, mtp=speculate), shapes.batches[-1] * shapes.tables[-1])
+        if num_pages < 1:
+            raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        self.runner = Runner(decoder, params, shapes, num_pages=num_pages, cache_dtype=dtype, speculate=speculate)
+        self.pool = PagePool(num_pages)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_batch=max_batch,
+            max_length=max_length,
+            prefill_widths=shapes.widths,
+            lookahead=self.runner.decode_width,
+        )
+        self.stats = Stats()
+        self._eos = {config.eos_token_id} | ({tokenizer.eos_id} if tokenizer else set())
+        self._texts: dict[Request, TextStream] = {}
+        self._finished: list[_Step] = []  # of the step before, whose text is not out yet
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt. Raises UserError for text without a tokenizer, and for ids outside the vocabulary."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("this model has no tokenizer: give the prompt as token ids")
+            return self.tokenizer.encode(prompt)
+        tokens = [int(token) for token in prompt]
+        if any(not 0 <= token < self.config.vocab_size for token in tokens):
+            raise UserError(f"the prompt has token ids outside the vocabulary 0..{self.config.vocab_size - 1}")
+        return tokens
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises UserError for one that can never run."""
+        if request.params.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer, and this model has none")
+        self.scheduler.add(request)
+        if self.tokenizer is not None:
+            self._texts[request] = TextStream(self.tokenizer, request.params.stop)
+
+    def abort(self, request: Request) -> None:
+        """Drops a request and frees its pages; it has no further output."""
+        if request.finish_reason is None:
+            self.scheduler.finish(request, "abort")
+        self._texts.pop(request, None)
+        self._finished = [step for step in self._finished if step.request is not request]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running or self._finished)
+
+    def step(self) -> list[Output]:
+        """Starts the next step on the device and returns the output of the one before, whose text is made meanwhile."""
+        work = self.scheduler.schedule()
+        result = self.runner.run(work) if work else None
+        outputs = [output for step in self._finished if (output := self._emit(step))]
+        self._finished = self._collect(work, result) if work else []
+        return outputs
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:
+        """The answers, in the order of the prompts. With one `params` for all, each prompt draws from a seed of its own."""
+        if isinstance(params, SamplingParams):
+            params = [dataclasses.replace(params, seed=derive_seed(params.seed, index)) for index in range(len(prompts))]
+        requests = [Request(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        for request in requests:
+            self.scheduler.check(request)
+        for request in requests:
+            self.add(request)
+        completions = {request: Completion(request) for request in requests}
+        while self.has_work:
+            for output in self.step():
+                completions[output.request].extend(output)
+        return list(completions.values())
+
+    def _collect(self, work: Work, result: Result) -> list[_Step]:
+        """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
+        sampled, counts = [None if x is None else np.asarray(x) for x in result.sampled], np.asarray(result.counts)
+        drafts = None if result.drafts is None else np.asarray(result.drafts)
+        steps = []
+        for row, (request, count) in enumerate(zip(work.requests, work.counts)):
+            if request.finish_reason is not None:  # aborted, or a stop text was found, while the step ran
+                continue
+            if work.prefill:
+                self.stats.prompt_tokens += count
+                if request.num_cached + count < len(request.tokens):
+                    self.scheduler.cached(request, request.num_cached + count)
+                    continue
+            elif self.runner.speculate:
+                self.stats.drafted += 1
+                self.stats.accepted += int(counts[row]) - 1
+            request.prefilling = False
+            tokens, reason = [], None
+            for token in sampled[0][row, : counts[row]].tolist():
+                tokens.append(token)
+                request.tokens.append(token)
+                if token in self._eos and not request.params.ignore_eos:
+                    reason = "stop"
+                elif request.num_new_tokens == request.params.max_new_tokens:
+                    reason = "length"
+                if reason:
+                    break
+            self.stats.generated_tokens += len(tokens)
+            request.draft = None if drafts is None else int(drafts[row])
+            self.scheduler.cached(request, len(request.tokens) - 1)
+            if reason:
+                self.scheduler.finish(request, reason)
+            steps.append(_Step(request, tokens, _logprobs(request, tokens, row, *sampled[1:])))
+        return steps
+
+    def _emit(self, step: _Step) -> Output:
+        """The text of a step; a stop text ends the request."""
+        request = step.request
+        if (stream := self._texts.get(request)) is None:
+            return Output(request, step.tokens, "", step.logprobs, request.finish_reason)
+        text, stopped, used = "", False, 0
+        for token in step.tokens:
+            more, stopped = stream.push(token)
+            text, used = text + more, used + 1
+            if stopped:
+                break
+        if request.finish_reason is not None and not stopped:
+            more, stopped = stream.end()
+            text += more
+        if stopped:
+            if request.finish_reason is None:
+                self.scheduler.finish(request, "stop")
+            request.finish_reason = "stop"
+        if request.finish_reason is not None:
+            del self._texts[request]
+        return Output(request, step.tokens[:used], text, step.logprobs[:used], request.finish_reason)
+
+
+def _logprobs(request, tokens, row, logprobs, top_tokens, top_logprobs) -> list[TokenLogprob]:
+    count = request.params.logprobs
+    if count is None:
+        return []
+    return [
+        TokenLogprob(token, float(logprobs[row, i]), tuple(zip(top_tokens[row, i, :count].tolist(), top_logprobs[row, i, :count].tolist())))
+        for i, token in enumerate(tokens)
+    ]
+
+
+def generate(decoder: Decoder, params: dict, tokenizer, prompts, sampling: SamplingParams):
+    """One prompt or a list of them, as text or token ids; the same kind comes back, new tokens only (`Model.generate`)."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0)
+    prompts = [prompts] if single else list(prompts)
+    if not prompts:
+        return []
+    longest = max(len(tokenizer.encode(p)) if isinstance(p, str) and tokenizer else len(p) for p in prompts)
+    engine = Engine(decoder, params, tokenizer=tokenizer, max_batch=min(len(prompts), 64), max_length=longest + sampling.max_new_tokens)
+    answers = [
+        completion.text if isinstance(prompt, str) else completion.tokens
+        for prompt, completion in zip(prompts, engine.generate(prompts, sampling))
+    ]
+    return answers[0] if single else answers

@@ -1,0 +1,110 @@
+"""What is asked of the engine, and what it answers."""
+
+import dataclasses
+import hashlib
+from typing import Any, NamedTuple
+
+from dsv3_jax.errors import UserError
+
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; names are those of the OpenAI API and of vLLM.
+
+    temperature: 0 takes the most likely token. top_k: 0 keeps all. min_p: drops tokens less likely than min_p times the likeliest.
+    seed: decides every draw together with the token's position, whatever else is in the batch. stop: texts that end the answer
+    (they are cut off). logprobs: how many alternatives are reported beside each token's log-probability (0..20), None for none.
+    """
+
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        for name, good, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "within 0..100"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
+            ("min_p", 0 <= self.min_p <= 1, "within 0..1"),
+            ("stop", all(self.stop), "without empty texts"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"within 0..{MAX_LOGPROBS}"),
+        ):
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of the index-th of several answers: 32 bits, unrelated between neighbouring seeds and indices."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest())
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of a token under the model, and the most likely tokens at its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt on its way through the engine. Fields after `params` are the engine's."""
+
+    prompt: list[int]
+    params: SamplingParams = SamplingParams()
+    id: Any = None
+    tokens: list[int] = dataclasses.field(default_factory=list)  # prompt and answer
+    pages: list[int] = dataclasses.field(default_factory=list)  # where its latents are
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full pages (cache.page_keys)
+    num_cached: int = 0  # tokens whose latents are in the cache
+    prefilling: bool = True
+    draft: int | None = None  # the token that the MTP module expects after the last one
+    finish_reason: str | None = None  # "stop" | "length" | "abort"
+
+    def __post_init__(self):
+        self.prompt = [int(token) for token in self.prompt]
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def max_tokens(self) -> int:
+        return len(self.prompt) + self.params.max_new_tokens
+
+
+class Output(NamedTuple):
+    """What one step added to a request: tokens, text that is certain by now, log-probabilities if asked, and why it ended if it did."""
+
+    request: Request
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprob]
+    finish_reason: str | None
+
+
+@dataclasses.dataclass
+class Completion:
+    """A whole answer. text is cut before a stop text; tokens are all that were made, the end-of-sequence token included."""
+
+    request: Request
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+
+    def extend(self, output: Output) -> None:
+        self.tokens += output.tokens
+        self.text += output.text
+        self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason

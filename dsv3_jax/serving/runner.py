@@ -1,0 +1,181 @@
+"""Runs steps on the device, in a few compiled shapes: rows × width of a prefill, rows of a decode step, pages of the table.
+
+A step is three programs that follow each other without a word from the host: `forward` (all layers, logits where they are wanted),
+`sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.model import Decoder
+from dsv3_jax.serving.cache import cache_shapes, pages_for
+from dsv3_jax.serving.sampler import Rows, Sampled, sample
+from dsv3_jax.serving.scheduler import Work, round_up
+
+_BATCHES = (1, 8, 32, 64, 128, 256)
+_WIDTHS = (64, 256, 1024)
+_TABLES = (4, 16, 64, 256, 1024)
+
+
+class Shapes(NamedTuple):
+    """The compiled shapes, ascending: rows of a step, width of a prefill row, pages of the table."""
+
+    batches: tuple[int, ...]
+    widths: tuple[int, ...]
+    tables: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *, max_batch: int, max_length: int, prefill_tokens: int) -> "Shapes":
+        """Batches and tables are rounded up to common sizes, so that engines of similar size share programs."""
+        widths = (*(size for size in _WIDTHS if size < prefill_tokens), prefill_tokens)
+        return cls(_up_to(max_batch, _BATCHES), widths, _up_to(pages_for(max_length), _TABLES))
+
+
+def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes up to the first that is at least `largest`, which stands for itself if none is."""
+    return (*(size for size in sizes if size < largest), next((size for size in sizes if size >= largest), largest))
+
+
+class Result(NamedTuple):
+    """What a step gave each of its requests: sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), how many of them count [B],
+    and the tokens drafted to follow them [B] or None."""
+
+    sampled: Sampled
+    counts: np.ndarray | jax.Array
+    drafts: jax.Array | None
+
+
+class Runner:
+    """Holds the parameters and the caches on the device.
+
+    Args:
+      decoder, params: the model.
+      shapes: of its programs.
+      num_pages: pages of the pool.
+      cache_dtype: of the pages; uint8 is the FP8 layout.
+      speculate: draft one token a step with the MTP module.
+    """
+
+    def __init__(self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: bool):
+        self.decoder, self.params, self.shapes, self.speculate = decoder, params, shapes, speculate
+        arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
+        self.caches = {name: jnp.zeros(array.shape, array.dtype) for name, array in arrays.items()}
+
+    def run(self, work: Work, bias: np.ndarray | None = None) -> Result:
+        """One step, started on the device: the result's arrays may still be in the making. bias [B, W]: added to the logits; a row
+        with a bias does not speculate."""
+        inputs = self._inputs(work)
+        logprobs = any(request.params.logprobs is not None for request in work.requests)
+        return self._launch(inputs, logprobs=logprobs, from_start=work.from_start, bias=bias)
+
+    def compile(self) -> Iterator[tuple[int, int]]:
+        """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
+        requests. The first request that draws, filters or wants log-probabilities adds a small sampling program."""
+        batches, widths, tables = self.shapes
+        prefills = [(b, w, start) for w in widths for b in batches if b * w <= widths[-1] or b == batches[0] for start in (True, False)]
+        shapes = list(itertools.product(prefills + [(b, None, False) for b in batches], tables))
+        for done, ((batch, width, from_start), table) in enumerate(shapes, 1):
+            inputs = _Inputs.empty(batch, width or self.decode_width, table, prefill=width is not None)
+            jax.block_until_ready(self._launch(inputs, logprobs=False, from_start=from_start, bias=None))
+            yield done, len(shapes)
+
+    @property
+    def decode_width(self) -> int:
+        """Tokens of a request in a decode step."""
+        return 2 if self.speculate else 1
+
+    def _inputs(self, work: Work) -> "_Inputs":
+        """Host arrays of a step. Rows that start their sequences are filled from the left, others from the right (Decoder.decode)."""
+        width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
+        table = round_up(max(len(request.pages) for request in work.requests), self.shapes.tables)
+        inputs = _Inputs.empty(round_up(len(work.requests), self.shapes.batches), width, table, prefill=work.prefill)
+        for row, (request, count) in enumerate(zip(work.requests, work.counts)):
+            start = request.num_cached
+            columns = slice(0, count) if work.from_start else slice(width - count, width)
+            tokens = request.tokens[start : start + count]
+            if not work.prefill and self.speculate:
+                tokens = [request.tokens[start], request.draft]
+            inputs.tokens[row, columns] = tokens
+            inputs.positions[row, columns] = np.arange(start, start + count)
+            inputs.page_table[row, : len(request.pages)] = request.pages
+            inputs.lengths[row] = start + count
+            if work.prefill:
+                inputs.last[row] = columns.stop - 1
+                following = request.tokens[start + 1 : start + count + 1]
+                inputs.next_tokens[row, columns.start : columns.start + len(following)] = following
+        return inputs._replace(rows=Rows.of([request.params for request in work.requests], len(inputs.lengths)))
+
+    def _launch(self, inputs: "_Inputs", *, logprobs: bool, from_start: bool, bias: np.ndarray | None) -> Result:
+        where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
+        logits_BQW, hidden_BSD, self.caches = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, from_start=from_start)
+        if bias is not None:
+            padding = np.zeros((len(inputs.lengths) - len(bias), bias.shape[1]), np.float32)
+            bias = np.concatenate([bias, padding])[:, None]
+        new_positions = np.take_along_axis(inputs.positions, inputs.last, axis=1) + 1
+        sampled = sample(logits_BQW, inputs.rows, new_positions, logprobs=logprobs, bias_BQW=bias)
+        if not self.speculate:
+            return Result(sampled, np.ones(len(inputs.lengths), np.int32), None)
+        may_accept = np.ones(len(inputs.lengths), bool) if bias is None else ~np.any(bias, axis=(1, 2))
+        where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
+        drafts_B, counts_B, self.caches = _draft(
+            self.decoder, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,
+            may_accept, from_start=from_start,
+        )  # fmt: skip
+        return Result(sampled, counts_B, drafts_B)
+
+
+class _Inputs(NamedTuple):
+    """Host arrays of a step: tokens, positions (-1: padding), next_tokens [B, S] (-1: the one that is sampled now), page_table
+    [B, pages], lengths [B], last [B, Q]: the columns after which a token is sampled, and the sampling parameters."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    next_tokens: np.ndarray
+    page_table: np.ndarray
+    lengths: np.ndarray
+    last: np.ndarray
+    rows: Rows
+
+    @classmethod
+    def empty(cls, batch: int, width: int, table: int, *, prefill: bool) -> "_Inputs":
+        last = np.zeros((batch, 1), np.int32) if prefill else np.tile(np.arange(width, dtype=np.int32), (batch, 1))
+        full = lambda value: np.full((batch, width), value, np.int32)  # noqa: E731
+        page_table = np.zeros((batch, table), np.int32)
+        return cls(full(0), full(-1), full(-1), page_table, np.zeros(batch, np.int32), last, Rows.of([], batch))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "from_start"), donate_argnames="caches")
+def _forward(decoder, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, from_start):
+    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches."""
+    hidden_BSD, caches, _ = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, from_start=from_start)
+    wanted_BQD = jnp.take_along_axis(hidden_BSD, last_BQ[..., None], axis=1)
+    return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "from_start"), donate_argnames="caches")
+def _draft(
+    decoder, params, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, caches, page_table, lengths_B, last_BQ,
+    may_accept_B, *, from_start,
+):  # fmt: skip
+    """How many sampled tokens count, and the token that the MTP module expects after them.
+
+    In a decode step column 1 holds the draft of the step before: it was the right input if it is what column 0 samples now, and then
+    the sample of column 1 counts as well. As the draft is one token, not a distribution, this is exact for draws as it is for argmax
+    (speculative sampling with a point mass: accepted with probability p(draft), and otherwise distributed as p without it).
+    """
+    rows = jnp.arange(tokens_BS.shape[0])
+    accepted_B = jnp.zeros(tokens_BS.shape[0], bool)
+    if last_BQ.shape[1] == 2:
+        accepted_B = may_accept_B & (sampled_BQ[:, 0] == tokens_BS[:, 1])
+    sampled_BS = jnp.zeros_like(tokens_BS).at[rows[:, None], last_BQ].set(sampled_BQ)
+    next_BS = jnp.where(next_tokens_BS < 0, sampled_BS, next_tokens_BS)
+    normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, positions_BS, caches, page_table, lengths_B, from_start=from_start)
+    normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
+    drafts_B = jnp.argmax(decoder.head(params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
+    return drafts_B, 1 + accepted_B.astype(jnp.int32), caches

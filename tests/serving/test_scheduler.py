@@ -1,0 +1,99 @@
+"""The scheduler without a model: any mix of requests ends, and the pages are always accounted for."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dsv3_jax.serving.cache import PAGE_SIZE, PagePool, page_keys, pages_for
+from dsv3_jax.serving.request import Request, SamplingParams
+from dsv3_jax.serving.scheduler import Scheduler
+
+
+def run(scheduler, requests, rng, accept=0.0):
+    """Runs all requests with made-up tokens; returns the number of steps. Checks the pages before every step."""
+    for request in requests:
+        scheduler.add(request)
+    steps, previous_prefill = 0, False
+    while work := scheduler.schedule():
+        users = Counter(page for request in scheduler.running for page in request.pages)
+        assert dict(users) == {page: n for page, n in enumerate(scheduler.pool._users) if n}
+        assert len(scheduler.running) <= scheduler.max_batch
+        assert not (work.prefill and previous_prefill and any(not r.prefilling for r in scheduler.running)), "decodes are starved"
+        written = Counter()
+        for request, count in zip(work.requests, work.counts):
+            assert pages_for(request.num_cached + count) <= len(request.pages)
+            touched = range(request.num_cached // PAGE_SIZE, pages_for(request.num_cached + count))
+            written.update(request.pages[i] for i in touched)
+            assert not work.from_start or request.num_cached == 0
+        assert all(n == 1 and users[page] == 1 for page, n in written.items()), "a page that is written to is shared"
+        for request, count in zip(work.requests, work.counts):
+            if work.prefill and request.num_cached + count < len(request.tokens):
+                scheduler.cached(request, request.num_cached + count)
+                continue
+            request.prefilling = False
+            new = 1 + (not work.prefill and scheduler.lookahead == 2 and rng.random() < accept)
+            new = min(new, request.max_tokens - len(request.tokens))
+            request.tokens += rng.integers(0, 3, new).tolist()
+            scheduler.cached(request, len(request.tokens) - 1)
+            if len(request.tokens) == request.max_tokens:
+                scheduler.finish(request, "length")
+        previous_prefill, steps = work.prefill, steps + 1
+        assert steps < 100_000
+    return steps
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_request_ends(seed):
+    rng = np.random.default_rng(seed)
+    num_pages = int(rng.integers(4, 12))
+    scheduler = Scheduler(
+        PagePool(num_pages),
+        max_batch=int(rng.integers(1, 9)),
+        max_length=num_pages * PAGE_SIZE,
+        prefill_widths=(16, 64, 128),
+        lookahead=1 + seed % 2,
+    )
+    requests = []
+    for _ in range(60):
+        total = int(rng.integers(2, num_pages * PAGE_SIZE + 1))
+        length = int(rng.integers(1, total))
+        # Few different tokens and a common beginning: many prefixes are found again.
+        prompt = ([1] * 150 + rng.integers(0, 2, 1000).tolist())[:length]
+        requests.append(Request(prompt, SamplingParams(max_new_tokens=total - length)))
+    run(scheduler, requests, rng, accept=0.5)
+    assert all(request.finish_reason == "length" and len(request.tokens) == request.max_tokens for request in requests)
+    assert scheduler.pool.num_free == num_pages and not scheduler.running and not scheduler.waiting
+    assert scheduler.prefix_hits > 0
+
+
+def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused():
+    scheduler = Scheduler(PagePool(3), max_batch=4, max_length=1000, prefill_widths=(64,), lookahead=2)
+    exact = [Request([1] * 100, SamplingParams(max_new_tokens=92)) for _ in range(3)]
+    run(scheduler, exact, np.random.default_rng(0))
+    assert all(request.finish_reason == "length" for request in exact)
+    with pytest.raises(Exception, match="the whole cache holds 192"):
+        scheduler.add(Request([1] * 100, SamplingParams(max_new_tokens=93)))
+
+
+def test_equal_keys_mean_equal_prefixes():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, (2, 200)).tolist()
+    keys = page_keys(a, [])
+    assert len(keys) == 3 and page_keys(a[:191], []) == keys[:2] and page_keys(a, keys[:1]) == keys
+    # The same page after another page has another key.
+    assert page_keys(b[:64] + a[64:128], [])[1] != keys[1]
+
+
+def test_the_page_longest_unused_is_taken_first():
+    pool = PagePool(3)
+    pages = [pool.allocate() for _ in range(3)]
+    keys = [b"a", b"b", b"c"]
+    for page, key in zip(pages, keys):
+        pool.register(page, key)
+    pool.release(pages[1:2]), pool.release(pages[:1])
+    assert pool.find([b"b"]) == [pages[1]] and pool.find([b"a", b"b", b"x"]) == pages[:2]
+    assert pool.allocate() == pages[1]
+    assert pool.find([b"b"]) == [] and pool.find([b"a"]) == [pages[0]]
+    pool.share(pages[0])
+    assert pool.num_free == 0
