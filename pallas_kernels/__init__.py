@@ -8,6 +8,7 @@
 
 from pallas_kernels.grouped_matmul import grouped_fp8_matmul, masked_fp8_matmul
 from pallas_kernels.matmul import fp8_matmul
+from pallas_kernels.mla_decode import mla_append, mla_decode
 from pallas_kernels.quantize import (
     quantize_blocks,
     quantize_both,
@@ -26,6 +27,8 @@ __all__ = [
     "grouped_fp8_matmul",
     "grouped_fp8_wgrad",
     "masked_fp8_matmul",
+    "mla_append",
+    "mla_decode",
     "quantize_blocks",
     "quantize_both",
     "quantize_tiles",

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mla_decode import reference
-from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, check_pool, latent_width, mla_append
+from pallas_kernels import checks
+from pallas_kernels.mla_decode import hopper, reference
+from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, ROPE, check_pool, latent_width, mla_append
+from pallas_kernels.platform import dispatch
 
 __all__ = ["mla_append", "mla_decode"]
 
@@ -30,15 +32,16 @@ def mla_decode(
     pages does not matter, NaN included; nor do entries of `page_table` beyond the length.
 
     Args:
-      q: [B, S_q, H, W] absorbed queries, bfloat16 or float32; W = 576 for DeepSeek-V3.
+      q: [B, S_q, H, W] absorbed queries, bfloat16 (or float32, which the kernel rounds); W = 576 for DeepSeek-V3.
       kv_pages: [P, 64, W] bfloat16 (float32 in the reference only), or [P, 64, 656] uint8 in FlashMLA's FP8 layout.
       page_table: [B, pages] int32, the pages of each sequence, in its order.
       lengths: [B] int32 tokens in the cache, the S_q new ones included; at most 64 * pages.
-      softmax_scale: multiplies q . kv; of the un-absorbed head width (192), with YaRN's factor where it is used.
+      softmax_scale: a Python float that multiplies q . kv; of the un-absorbed head width (192), with YaRN's factor where it is used.
       out_dtype: bfloat16 or float32.
       value_width: leading columns of a cached row that are the value, 512 for DeepSeek-V3.
       num_sms: thread blocks the kernel may occupy; default all of the device.
-      implementation: "reference" or "hopper"; None takes the kernel on Hopper, the reference on CPU.
+      implementation: see `pallas_kernels.platform`. The kernel takes bfloat16 and FP8 pools of width 576 with values of 512; other
+        widths and float32 pools are for tests and small models, in the reference: on a GPU ask for it by name.
       debug: check `lengths` and `page_table` on the device; a bad one raises an error that names the sequence. Without it an
         out-of-range page reads some page of the pool and a length beyond the table is cut: wrong values, never other memory.
 
@@ -57,12 +60,31 @@ def mla_decode(
         raise ValueError(f"page_table must be [B, pages] and lengths [B] with B = {q.shape[0]}, got {page_table.shape}, {lengths.shape}")
     if not 0 < value_width <= width or (kv_pages.dtype == jnp.uint8 and value_width != LATENT):
         raise ValueError(f"value_width {value_width} does not fit a pool of width {width}")
-    if implementation not in (None, "reference"):
-        raise ValueError(f"unknown implementation {implementation!r}; use 'reference' or None")
+    checks.out_dtype(out_dtype)
+    checks.num_sms(num_sms)
+    if not hopper.supports(kv_pages, value_width):
+        if implementation == "hopper" or (implementation is None and jax.default_backend() == "gpu"):
+            raise ValueError(
+                f"mla_decode: the kernel takes bfloat16 or FP8 pools of width {LATENT + ROPE} with values of {LATENT}, got "
+                f"{kv_pages.dtype}, {width} and {value_width}; use implementation='reference'"
+            )
+        implementation = "reference"
     if debug:
-        bad = find_bad_input(kv_pages, page_table, lengths)
-        jax.debug.callback(_raise_bad_input, *bad)
-    return reference.mla_decode(q, kv_pages, page_table, lengths, softmax_scale=softmax_scale, out_dtype=out_dtype, value_width=value_width)
+        jax.debug.callback(_raise_bad_input, *find_bad_input(kv_pages, page_table, lengths))
+    return dispatch(
+        "mla_decode",
+        implementation,
+        q,
+        kv_pages,
+        page_table,
+        lengths,
+        hopper=hopper.mla_decode,
+        reference=reference.mla_decode,
+        softmax_scale=float(softmax_scale),
+        out_dtype=jnp.dtype(out_dtype),
+        value_width=value_width,
+        num_sms=num_sms,
+    )
 
 
 def find_bad_input(kv_pages, page_table, lengths):

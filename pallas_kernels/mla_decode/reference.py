@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mla_decode.cache import PAGE_SIZE, decode
+from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, decode
 
 
-def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, value_width):
-    """See `pallas_kernels.mla_decode.mla_decode`. All arithmetic is float32."""
+def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype=jnp.bfloat16, value_width=LATENT, num_sms=None):
+    """See `pallas_kernels.mla_decode.mla_decode`. All arithmetic is float32; `num_sms` means nothing here."""
+    del num_sms
     num_queries = q.shape[1]
     kv = kv_pages.at[page_table].get(mode="clip")  # a page outside the pool reads some other page, never other memory
     kv = decode(kv) if kv.dtype == jnp.uint8 else kv.astype(jnp.float32)

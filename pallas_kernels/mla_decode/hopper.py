@@ -1,0 +1,355 @@
+"""MLA decode on Hopper: a persistent split-KV kernel in Pallas Mosaic GPU. `merge.py` joins the sequences it split.
+
+A thread block holds 64 rows (heads times new tokens) of one sequence in shared memory and streams its pages past them, two at a
+time. The 64 x 512 output does not fit the registers of one warpgroup, so two share it, as in FlashMLA's "seesaw":
+
+  warpgroup 0: S0 = Q K0^T, softmax -> P0     O_left  += P0 V0_left,   O_left  += P1 V1_left
+  warpgroup 1: S1 = Q K1^T                    O_right += P0 V0_right, softmax -> P1, O_right += P1 V1_right
+  warpgroup 2: loads Q and pages; in an FP8 pool it also dequantises
+
+so that the tensor cores work for one of them while the other is in its softmax. Shared memory is full (Q and two pages are
+221,184 of 232,448 bytes), which is why P0 overwrites the RoPE columns of its own page: only S0 needed them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, ROPE, TILE, latent_width
+from pallas_kernels.mla_decode.merge import FINITE_MIN, LOG2E, merge, store
+from pallas_kernels.mla_decode.schedule import BLOCK, make_schedule, num_blocks
+from pallas_kernels.platform import device_sms
+
+ROWS = 64  # of a tile: heads times new tokens, the M of one wgmma
+HALF = LATENT // 2  # value columns of one warpgroup
+REGISTERS = {"float": (240, 24), "fp8": (200, 104)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
+ROW_VECTOR = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
+
+
+def supports(kv_pages, value_width) -> bool:
+    """Whether the kernel takes this pool: bfloat16 or FP8, with the widths of DeepSeek-V3."""
+    widths = latent_width(kv_pages) == LATENT + ROPE and value_width == LATENT
+    return widths and kv_pages.dtype in (jnp.bfloat16, jnp.uint8)
+
+
+def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, value_width=LATENT, num_sms=None, interpret=None):
+    """See `pallas_kernels.mla_decode.mla_decode`. `interpret`: `plgpu.InterpretGPUParams()` runs it on a CPU."""
+    fp8 = kv_pages.dtype == jnp.uint8
+    B, num_queries, heads, width = q.shape
+    rows = num_queries * heads
+    tiles = -(-rows // ROWS)
+    q = jnp.pad(q.reshape(B, rows, width).astype(jnp.bfloat16), ((0, 0), (0, tiles * ROWS - rows), (0, 0)))
+    lengths = jnp.clip(lengths, 0, page_table.shape[1] * PAGE_SIZE).astype(jnp.int32)
+    num_parts = max(1, (num_sms or device_sms()) // tiles)
+    schedule = make_schedule(lengths, num_parts=num_parts)
+
+    out, lse, partial_out, partial_lse = plgpu.kernel(
+        functools.partial(_attend, num_queries=num_queries, heads=heads, scale=softmax_scale * LOG2E, num_pages=kv_pages.shape[0]),
+        out_type=(
+            jax.ShapeDtypeStruct((B, tiles * ROWS, LATENT), out_dtype),
+            jax.ShapeDtypeStruct((B, tiles * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((2 * num_parts, tiles * ROWS, LATENT), jnp.float32),
+            jax.ShapeDtypeStruct((2 * num_parts, tiles * ROWS), jnp.float32),
+        ),
+        scratch_types=dict(
+            q_smem=plgpu.SMEM((1, ROWS, LATENT + ROPE), jnp.bfloat16),
+            left_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16),
+            right_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16),
+            rope_smem=plgpu.SMEM((2, PAGE_SIZE, ROPE), jnp.bfloat16),
+            p1_smem=plgpu.SMEM((1, ROWS, PAGE_SIZE), jnp.bfloat16),
+            rows_smem=plgpu.SMEM((4, ROWS), jnp.float32),  # running maxima m0, m1 and, at the end, both sums
+            q_full=plgpu.Barrier(),
+            q_empty=plgpu.Barrier(num_arrivals=2),
+            left_full=plgpu.Barrier(num_barriers=2),
+            left_empty=plgpu.Barrier(num_barriers=2),
+            right_full=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            right0_empty=plgpu.Barrier(num_arrivals=2),  # both warpgroups read P0, which lies in it
+            right1_empty=plgpu.Barrier(),
+            p_full=plgpu.Barrier(num_barriers=2),
+            sums_full=plgpu.Barrier(num_arrivals=2),
+        ),
+        grid=(tiles, num_parts),
+        grid_names=("tile", "part"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=512,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        interpret=interpret,
+    )(q, page_table, lengths, schedule.bounds, *(_fp8_views(kv_pages) if fp8 else (kv_pages,)))
+    out, lse = merge(out, lse, partial_out, partial_lse, schedule.pieces, interpret=interpret)
+    shape = B, num_queries, heads
+    return out[:, :rows].reshape(*shape, LATENT), lse[:, :rows].reshape(shape)
+
+
+def _fp8_views(kv_pages):
+    """The bytes of an FP8 pool as codes [P, 64, 656], scales [P, 64, 164] and RoPE values [P, 64, 328]: bitcasts, nothing is copied."""
+    words = [kv_pages.reshape(*kv_pages.shape[:-1], -1, size) for size in (4, 2)]
+    codes = lax.bitcast_convert_type(kv_pages, jnp.float8_e4m3fn)
+    return codes, lax.bitcast_convert_type(words[0], jnp.float32), lax.bitcast_convert_type(words[1], jnp.bfloat16)
+
+
+def _attend(
+    q_gmem,
+    table_gmem,
+    lengths_gmem,
+    bounds_gmem,
+    *gmem,
+    q_smem,
+    left_smem,
+    right_smem,
+    rope_smem,
+    p1_smem,
+    rows_smem,
+    q_full,
+    q_empty,
+    left_full,
+    left_empty,
+    right_full,
+    right0_empty,
+    right1_empty,
+    p_full,
+    sums_full,
+    num_queries,
+    heads,
+    scale,
+    num_pages,
+):
+    """The kernel. `scale` makes scores logarithms to base 2; all maxima and partial lse are in these units."""
+    *kv_gmem, out_gmem, lse_gmem, partial_gmem, partial_lse_gmem = gmem
+    fp8 = len(kv_gmem) == 3
+    tile, part, warpgroup = (lax.axis_index(name) for name in ("tile", "part", "warpgroup"))
+    tile_rows = pl.ds(tile * ROWS, ROWS)
+    first_sequence, first_block = bounds_gmem[part, 0], bounds_gmem[part, 1]
+    last_sequence, last_block = bounds_gmem[part + 1, 0], bounds_gmem[part + 1, 1]
+    num_segments = last_sequence - first_sequence + (last_block > 0).astype(jnp.int32)
+
+    def segment(i):
+        """The i-th piece of work: (sequence, its length, blocks of it from low to high, whether that is all of it)."""
+        sequence = first_sequence + i
+        length = lengths_gmem[sequence]
+        low = jnp.where(i == 0, first_block, 0)
+        high = jnp.where(sequence == last_sequence, last_block, num_blocks(length))
+        return sequence, length, low, high, (low == 0) & (high == num_blocks(length))
+
+    # ---- warpgroups 0 and 1 ----
+
+    def scores(at, slot, zero):
+        def product(acc):
+            q = q_smem.at[zero]
+            plgpu.barrier_wait(left_full.at[slot])
+            plgpu.wgmma(acc, q.at[:, pl.ds(0, HALF)], left_smem.at[at].transpose((1, 0)))
+            plgpu.barrier_wait(right_full.at[slot])
+            plgpu.wgmma(acc, q.at[:, pl.ds(HALF, HALF)], right_smem.at[at].transpose((1, 0)))
+            plgpu.wgmma(acc, q.at[:, pl.ds(LATENT, ROPE)], rope_smem.at[at].transpose((1, 0)))
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.ACC((ROWS, PAGE_SIZE)))
+
+    def mask(s, start, length):
+        """-inf where a query must not see a key: query i sees those below length - num_queries + 1 + i."""
+        row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + tile * ROWS
+        key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA) + start
+        limit = length - num_queries + 1
+        for i in range(1, num_queries):
+            limit = limit + (row >= i * heads).astype(jnp.int32)
+        return jnp.where(key < limit, s, -jnp.inf)
+
+    def clear_unused(values, used):
+        """Zeroes the rows of a page behind the sequence's end: they may hold NaN, and NaN * 0 is NaN."""
+
+        @pl.when(used < PAGE_SIZE)
+        def _():
+            for column in range(0, HALF, 64):
+                ref = values.at[:, pl.ds(column, 64)]
+                x = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+                token = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+                ref[...] = jnp.where(token < used, x, jnp.zeros_like(x))
+            plgpu.commit_smem()
+
+    def add_values(o, factor, p, values):
+        """Issues O = O * factor + P V."""
+        o[...] = o[...] * lax.broadcast_in_dim(factor, (ROWS, HALF), [0])
+        plgpu.wgmma(o, p, values)
+
+    def softmax(s, m, i, p_smem):
+        """exp2(s - m) to `p_smem` and m to `rows_smem`, for the other warpgroup. Returns the sums."""
+        p = jnp.exp2(s * scale - lax.broadcast_in_dim(m, s.shape, [0]))
+        p_smem[...] = p.astype(jnp.bfloat16)
+        rows_smem.at[i][...] = m
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(p_full.at[i])
+        return jnp.sum(p, axis=1)
+
+    def read_rows(i):
+        return plgpu.load(rows_smem.at[i], layout=ROW_VECTOR)
+
+    def indices(block):
+        # 0 and 1, in a form the compiler cannot see through. Constant slots make every wgmma descriptor a loop invariant; some 80
+        # of them are then kept in registers and spilled.
+        zero = lax.shift_right_logical(block, 31)
+        return zero, 1 - zero
+
+    def left_step(o, length, masked, block, carry):
+        m, total = carry
+        zero, one = indices(block)
+        used = length - block * BLOCK
+        s = scores(zero, 0, zero)
+        if masked:
+            s = mask(s, block * BLOCK, length)
+            clear_unused(left_smem.at[zero], used)
+        m0 = jnp.maximum(m, jnp.max(s, axis=1) * scale)
+        alpha = jnp.exp2(m - m0)
+        total = total * alpha + softmax(s, m0, 0, rope_smem.at[zero])
+        add_values(o, alpha, rope_smem.at[zero], left_smem.at[zero])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(left_empty.at[0])
+        plgpu.barrier_arrive(right0_empty)
+
+        if masked:
+            clear_unused(left_smem.at[one], used - PAGE_SIZE)
+        plgpu.barrier_wait(p_full.at[1])
+        m1 = read_rows(1)
+        alpha = jnp.exp2(m0 - m1)
+        add_values(o, alpha, p1_smem.at[zero], left_smem.at[one])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(left_empty.at[1])
+        return m1, total * alpha
+
+    def right_step(o, length, masked, block, carry):
+        m, total = carry
+        zero, one = indices(block)
+        used = length - block * BLOCK
+        s = scores(one, 1, zero)
+        if masked:
+            s = mask(s, block * BLOCK + PAGE_SIZE, length)
+            clear_unused(right_smem.at[zero], used)
+        plgpu.barrier_wait(p_full.at[0])
+        m0 = read_rows(0)
+        alpha0 = jnp.exp2(m - m0)
+        add_values(o, alpha0, rope_smem.at[zero], right_smem.at[zero])  # runs during the softmax below
+        m1 = jnp.maximum(m0, jnp.max(s, axis=1) * scale)
+        alpha1 = jnp.exp2(m0 - m1)
+        total = total * (alpha0 * alpha1) + softmax(s, m1, 1, p1_smem.at[zero])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(right0_empty)
+
+        if masked:
+            clear_unused(right_smem.at[one], used - PAGE_SIZE)
+        add_values(o, alpha1, p1_smem.at[zero], right_smem.at[one])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(right1_empty)
+        return m1, total
+
+    def compute(side, step):
+        plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][0], action="increase")
+        columns = pl.ds(side * HALF, HALF)
+
+        @pl.loop(0, num_segments)
+        def _(i):
+            sequence, length, low, high, whole = segment(i)
+            plgpu.barrier_wait(q_full)
+
+            def attend(o):
+                unmasked = jnp.clip((length - num_queries + 1) // BLOCK, low, high)  # blocks before it are seen whole by every query
+                carry = tuple(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW_VECTOR) for x in (FINITE_MIN, 0))
+                carry = lax.fori_loop(low, unmasked, functools.partial(step, o, length, False), carry)
+                m, total = lax.fori_loop(unmasked, high, functools.partial(step, o, length, True), carry)
+                plgpu.barrier_arrive(q_empty)
+                rows_smem.at[2 + side][...] = total  # over the keys of this warpgroup's pages only
+                plgpu.barrier_arrive(sums_full)
+                plgpu.barrier_wait(sums_full)
+                total = read_rows(2) + read_rows(3)
+                inverse = jnp.where(total > 0, 1 / total, 0)
+                return o[...] * lax.broadcast_in_dim(inverse, (ROWS, HALF), [0]), m + jnp.log2(total)
+
+            out, lse = pl.run_scoped(attend, plgpu.ACC((ROWS, HALF)))
+
+            @pl.when(whole)
+            def _():
+                store(out_gmem.at[sequence, tile_rows, columns], out.astype(out_gmem.dtype))
+                if side == 0:
+                    lse_gmem.at[sequence, tile_rows][...] = jnp.where(lse > -jnp.inf, lse / LOG2E, jnp.inf)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                slot = 2 * part + (i > 0).astype(jnp.int32)
+                partial_gmem.at[slot, tile_rows, columns][...] = out
+                if side == 0:
+                    partial_lse_gmem.at[slot, tile_rows][...] = lse
+
+    # ---- warpgroup 2 ----
+
+    def wait_if(condition, barrier):
+        @pl.when(condition)
+        def _():
+            plgpu.barrier_wait(barrier)
+
+    def right_empty(slot):
+        return right1_empty if slot else right0_empty
+
+    def load_page(page, slot, reused):
+        wait_if(reused, left_empty.at[slot])
+        plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(0, HALF)], left_smem.at[slot], left_full.at[slot])
+        wait_if(reused, right_empty(slot))
+        plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(HALF, HALF)], right_smem.at[slot], right_full.at[slot])
+        plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(LATENT, ROPE)], rope_smem.at[slot], right_full.at[slot])
+
+    def load_fp8_page(page, slot, reused):
+        codes_gmem, scales_gmem, rope_gmem = kv_gmem
+        layout = plgpu.Layout.WGMMA_UPCAST_4X  # eight neighbours a lane
+
+        def load_tile(i):
+            codes = plgpu.load(codes_gmem.at[page, :, pl.ds(i * TILE, TILE)], layout=layout)
+            scales = plgpu.load(scales_gmem.at[page, :, LATENT // 4 + i], layout=layout.reduce(1))
+            return codes, scales
+
+        def dequantise(tiles, ref):
+            for i, (codes, scales) in enumerate(tiles):
+                values = codes.astype(jnp.float32) * lax.broadcast_in_dim(scales, codes.shape, [0])
+                ref.at[:, pl.ds(i * TILE, TILE)][...] = values.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+
+        tiles = [load_tile(i) for i in range(LATENT // TILE)]  # all in flight before the first wait
+        wait_if(reused, left_empty.at[slot])
+        dequantise(tiles[:2], left_smem.at[slot])
+        plgpu.barrier_arrive(left_full.at[slot])
+        wait_if(reused, right_empty(slot))
+        plgpu.copy_gmem_to_smem(rope_gmem.at[page, :, pl.ds((LATENT + 16) // 2, ROPE)], rope_smem.at[slot], right_full.at[slot])
+        dequantise(tiles[2:], right_smem.at[slot])
+        plgpu.barrier_arrive(right_full.at[slot])
+
+    def load():
+        plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][1], action="decrease")
+
+        def load_segment(i, done):
+            sequence, length, low, high, _ = segment(i)
+            last_page = jnp.maximum(length - 1, 0) // PAGE_SIZE
+            wait_if(i > 0, q_empty)
+            plgpu.copy_gmem_to_smem(q_gmem.at[sequence, tile_rows], q_smem.at[0], q_full)
+
+            def load_block(block, done):
+                for slot in range(2):
+                    # An odd last page is loaded twice, masked the second time. Bad entries are clipped into the pool.
+                    page = jnp.clip(table_gmem[sequence, jnp.minimum(2 * block + slot, last_page)], 0, num_pages - 1)
+                    (load_fp8_page if fp8 else load_page)(page, slot, done > 0)
+                return done + 1
+
+            return lax.fori_loop(low, high, load_block, done)
+
+        done = lax.fori_loop(0, num_segments, load_segment, jnp.int32(0))
+        # Nothing may arrive at a barrier of a block that has ended.
+        wait_if(num_segments > 0, q_empty)
+        for barrier in (left_empty.at[0], left_empty.at[1], right0_empty, right1_empty):
+            wait_if(done > 0, barrier)
+
+    pl.when(warpgroup == 0)(lambda: compute(0, left_step))
+    pl.when(warpgroup == 1)(lambda: compute(1, right_step))
+    pl.when(warpgroup == 2)(load)
