@@ -1,0 +1,227 @@
+"""How tokens reach experts that lie on other devices, and come back: `model.moe.Exchange`s for use inside `shard_map`.
+
+An exchange is a row of stages: hops to the devices that hold a token's experts, then, on the spot, a row for each expert, sorted. A stage
+takes rows out and brings results back, summed; out and back are each other's transpose, so two custom VJPs serve all stages.
+
+    one hop     over `expert`: a token travels once to each device that holds any of its experts
+    two hops    over `node`, then `local`: a token crosses to each node once, and spreads there over faster links (report §3.2.2)
+    gather      everything to everybody: no buffers to size, the reference
+
+FP8 recipes send e4m3 tiles out and the compute dtype back; gradients travel in the compute dtype both ways (report §3.3.2). Nothing is
+dropped: buffers have a static size, and tokens that find no room make `RouterStats.fill` more than 1, upon which the step is run again
+with larger buffers (buffers.py).
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.moe import Exchange, Experts, Routing, exchange_locally
+from dsv3_jax.parallel import buffers
+from dsv3_jax.parallel.sharding import expert_axes
+from dsv3_jax.precision import Activation, keep
+from pallas_kernels import Quantized
+
+
+def over_mesh(config: ModelConfig, sizes: Mapping[str, int], size: float) -> Exchange:
+    """The padded exchange of a mesh with those axis sizes: one hop, or two where `expert` is split.
+
+    size: of the buffers, as a multiple of what balanced routing needs (`buffers.SIZES`).
+    """
+    axes = expert_axes(sizes)
+    if all(sizes[axis] == 1 for axis in axes):
+        return exchange_locally
+
+    def exchange(x_TD: jax.Array, routing: Routing, experts: Experts):
+        rooms, sorted_room = buffers.rooms(config, [sizes[axis] for axis in axes], x_TD.shape[0], size)
+        hops = [Hop((axis,), sizes[axis], room) for axis, room in zip(axes, rooms)]
+        return _exchange(hops, sorted_room, x_TD, routing, experts)
+
+    return exchange
+
+
+def gathered(sizes: Mapping[str, int]) -> Exchange:
+    """The all-gather exchange of such a mesh: every device sees the tokens of all, and always has room."""
+    axes, devices = expert_axes(sizes), 1
+    for axis in axes:
+        devices *= sizes[axis]
+
+    def exchange(x_TD: jax.Array, routing: Routing, experts: Experts):
+        return _exchange([Gather(axes, devices)], None, x_TD, routing, experts)
+
+    return exchange
+
+
+class Plan(NamedTuple):
+    """Where rows go in one stage. taken [R]: the row that each place takes, T for none; places [T, M]: where the copies of each row
+    are, R for none."""
+
+    taken_R: jax.Array
+    places_TM: jax.Array
+
+
+class Rows(NamedTuple):
+    """What travels. x [T, D] in the compute dtype, or e4m3; small float32 [T, ...], what goes along; gradient: None, or for e4m3 rows
+    zeros like x in the compute dtype, whose cotangent is the rows' own (as in `precision.Activation`)."""
+
+    x_TD: jax.Array
+    small: jax.Array
+    gradient: jax.Array | None
+
+
+class Hop(NamedTuple):
+    """A padded all-to-all over mesh axes, with room for so many rows from each device to each."""
+
+    axes: tuple[str, ...]
+    devices: int
+    room: int
+
+    def plan(self, device_TK: jax.Array) -> tuple[Plan, jax.Array]:
+        """The plan for rows that go to devices [T, K] (nowhere: outside of 0..devices-1), and how full the fullest buffer is."""
+        (num_rows, choices), none = device_TK.shape, self.devices * self.room
+        goes_TN = jnp.any(device_TK[..., None] == jnp.arange(self.devices), axis=1)
+        order_TN = jnp.cumsum(goes_TN, axis=0, dtype=jnp.int32) - 1
+        fill = jnp.max(order_TN[-1] + 1).astype(jnp.float32) / self.room
+        place_TN = jnp.where(goes_TN & (order_TN < self.room), order_TN + self.room * jnp.arange(self.devices, dtype=jnp.int32), none)
+        row_TN = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], place_TN.shape)
+        taken_R = jnp.full((none,), num_rows, jnp.int32).at[place_TN].set(row_TN, mode="drop", unique_indices=False)
+        # A row has no more copies than choices: the places that are none stand last.
+        return Plan(taken_R, jnp.sort(place_TN, axis=1)[:, : min(choices, self.devices)]), fill
+
+    def out(self, plan: Plan, x: jax.Array) -> jax.Array:
+        return lax.all_to_all(_take(x, plan.taken_R), self.axes, 0, 0, tiled=True)
+
+    def back(self, plan: Plan, y: jax.Array) -> jax.Array:
+        return _sum_of_copies(lax.all_to_all(y, self.axes, 0, 0, tiled=True), plan)
+
+
+class Gather(NamedTuple):
+    """Everything to everybody over mesh axes."""
+
+    axes: tuple[str, ...]
+    devices: int
+
+    def plan(self, device_TK: jax.Array) -> tuple[None, jax.Array]:
+        return None, jnp.zeros((), jnp.float32)
+
+    def out(self, plan: None, x: jax.Array) -> jax.Array:
+        return lax.all_gather(x, self.axes, tiled=True)
+
+    def back(self, plan: None, y: jax.Array) -> jax.Array:
+        return lax.psum_scatter(y.astype(jnp.float32), self.axes, tiled=True).astype(y.dtype)
+
+
+class Sort(NamedTuple):
+    """To rows sorted by expert, one for each of a token's experts that this device holds."""
+
+    num_experts: int
+    room: int
+
+    def plan(self, expert_TK: jax.Array) -> tuple[Plan, jax.Array, jax.Array, jax.Array]:
+        """The plan for experts [T, K] of this device (num_experts: none of them), the flat (t, k) of each row, group sizes [E], fill."""
+        flat = expert_TK.reshape(-1)
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+        end_E = jnp.cumsum(jnp.sum(flat[:, None] == jnp.arange(self.num_experts), axis=0, dtype=jnp.int32))
+        fill = end_E[-1].astype(jnp.float32) / self.room
+        end_E = jnp.minimum(end_E, self.room)  # a product never reads beyond its rows
+        choice_R = order[: self.room]
+        taken_R = jnp.where(jnp.arange(self.room) < end_E[-1], choice_R // expert_TK.shape[1], expert_TK.shape[0])
+        places = jnp.where((flat < self.num_experts) & (inverse < self.room), inverse, self.room)
+        return Plan(taken_R, places.reshape(expert_TK.shape)), choice_R, jnp.diff(end_E, prepend=0), fill
+
+    def out(self, plan: Plan, x: jax.Array) -> jax.Array:
+        return _take(x, plan.taken_R)
+
+    def back(self, plan: Plan, y: jax.Array) -> jax.Array:
+        return _sum_of_copies(y, plan)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index], zeros beyond the end."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _sum_of_copies(y_RD: jax.Array, plan: Plan) -> jax.Array:
+    return jnp.sum(_take(y_RD, plan.places_TM), axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _out(stage, plan, rows: Rows) -> Rows:
+    x_RD = stage.out(plan, rows.x_TD)
+    # The zeros are made here: sending them would cost as much as sending the rows.
+    gradient = None if rows.gradient is None else jnp.zeros(x_RD.shape, rows.gradient.dtype)
+    return Rows(x_RD, stage.out(plan, rows.small), gradient)
+
+
+def _out_bwd(stage, plan, d: Rows):
+    small = stage.back(plan, d.small)
+    if d.gradient is None:
+        return None, Rows(stage.back(plan, d.x_TD), small, None)
+    return None, Rows(None, small, stage.back(plan, d.gradient))
+
+
+_out.defvjp(lambda stage, plan, rows: (_out(stage, plan, rows), plan), _out_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _back(stage, plan, y_RD: jax.Array) -> jax.Array:
+    return stage.back(plan, y_RD)
+
+
+_back.defvjp(lambda stage, plan, y_RD: (stage.back(plan, y_RD), plan), lambda stage, plan, dy_TD: (None, stage.out(plan, dy_TD)))
+
+
+def _exchange(hops, sorted_room: int | None, x_TD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    """The exchange over those hops. sorted_room: rows for the experts of this device; None: as many as could ever come."""
+    choices = routing.experts_TK.shape[1]
+    rows = _pack(experts.enter(x_TD), routing)
+    # The experts that can be reached from here: all of them, then after each hop a share.
+    first, count = 0, routing.stats.load_E.size
+    fill, trail = jnp.zeros((), jnp.float32), []
+    for hop in hops:
+        count //= hop.devices
+        plan, fullest = hop.plan((_chosen(rows, choices) - first) // count)
+        rows = _out(hop, plan, rows)
+        first = first + count * lax.axis_index(hop.axes)
+        fill = jnp.maximum(fill, fullest)
+        trail.append((hop, plan))
+    rows = rows._replace(**keep({"x_TD": rows.x_TD, "small": rows.small}, "dispatched"))
+
+    here_TK = _chosen(rows, choices) - first
+    here_TK = jnp.where((here_TK >= 0) & (here_TK < count), here_TK, count)
+    front_TK = jnp.argsort(here_TK, axis=1, stable=True)[:, : min(choices, count)]  # those that are here; there are no more of them
+    here_TK, weights_TK = (jnp.take_along_axis(x, front_TK, axis=1) for x in (here_TK, rows.small[:, :choices]))
+    sort = Sort(count, min(here_TK.size, sorted_room or here_TK.size))
+    plan, choice_R, group_sizes_E, fullest = sort.plan(here_TK)
+    sorted_rows = _out(sort, plan, rows._replace(small=rows.small[:, 2 * choices :]))
+    y_RD = experts(_unpack(sorted_rows), group_sizes_E, weights_TK.reshape(-1)[choice_R])
+
+    y_TD = _back(sort, plan, y_RD)
+    for hop, plan in reversed(trail):
+        y_TD = _back(hop, plan, y_TD)
+    return y_TD, jnp.maximum(fill, fullest)
+
+
+def _pack(tokens: jax.Array | Activation, routing: Routing) -> Rows:
+    """Along with a token go its routing weights [K], its experts + 1 [K] (zero rows then have none), and the scales of e4m3 values."""
+    small = [routing.weights_TK, routing.experts_TK.astype(jnp.float32) + 1]
+    if not isinstance(tokens, Activation):
+        return Rows(tokens, jnp.concatenate(small, axis=1), None)
+    values, scales = lax.stop_gradient((tokens.quantised.values, tokens.quantised.scales()))
+    return Rows(values, jnp.concatenate([*small, scales], axis=1), tokens.gradient)
+
+
+def _chosen(rows: Rows, choices: int) -> jax.Array:
+    return rows.small[:, choices : 2 * choices].astype(jnp.int32) - 1
+
+
+def _unpack(rows: Rows) -> jax.Array | Activation:
+    if rows.gradient is None:
+        return rows.x_TD
+    return Activation(Quantized.tiles(rows.x_TD, lax.stop_gradient(rows.small)), rows.gradient)

@@ -1,0 +1,99 @@
+"""Which mesh axis each logical axis of an array lies over: the one place that says so.
+
+                              data   pipe           expert
+    batch                      x                      x
+    dense weights                    layers
+    expert weights                   layers         experts
+    what training keeps of them:
+    masters, moments (dense)   x     layers           x       ZeRO-1: a shard on every device that has the weight
+    masters, moments (expert)  x     layers         experts
+
+`expert` may be split into `node` x `local`; it is then both of them wherever it stands here. Functions take the sizes of the mesh axes
+(`mesh.shape`), and leave out axes that a mesh does not have. tests/data/sharding_671b.json has it for every parameter of the 671B model.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES = {"layers": "pipe", "experts": "expert"}  # of weights; embed, heads, q_latent, kv_latent, mlp, vocab are whole everywhere
+BATCH = ("data", "expert")
+REPLICAS = ("data", "expert")  # the axes over which a weight is repeated, unless it lies over them
+
+
+def expert_axes(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that stand for `expert`."""
+    return ("node", "local") if "node" in sizes else ("expert",)
+
+
+def mesh_axes(names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Axes of the table as axes of a mesh with those sizes."""
+    axes = [axis for name in names for axis in (expert_axes(sizes) if name == "expert" else (name,))]
+    return tuple(axis for axis in axes if axis in sizes)
+
+
+def weight_spec(logical: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How a weight lies in the forward and backward pass, from the logical names of its axes."""
+    return PartitionSpec(*[_entry(mesh_axes((RULES[name],), sizes)) if name in RULES else None for name in logical])
+
+
+def state_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How a weight's master and moments lie: split further over the axes that repeat it, along the largest dimension that they divide.
+
+    Where none is divisible they are repeated as the weight is.
+    """
+    spec = list(weight_spec(logical, sizes))
+    axis, over = zero_axis(logical, shape, sizes)
+    if axis is not None:
+        spec[axis] = _entry(over)
+    return PartitionSpec(*spec)
+
+
+def zero_axis(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int | None, tuple[str, ...]]:
+    """(the dimension of a weight that ZeRO-1 splits, or None; the mesh axes that repeat the weight, over which it is split)."""
+    taken = {RULES[name] for name in logical if name in RULES}
+    over = mesh_axes(tuple(name for name in REPLICAS if name not in taken), sizes)
+    parts = math.prod(sizes[axis] for axis in over)
+    free = [i for i, name in enumerate(logical) if name not in RULES and shape[i] % parts == 0]
+    return (max(free, key=lambda i: shape[i]) if free else None), over
+
+
+def batch_spec(sizes: Mapping[str, int]) -> PartitionSpec:
+    """Rows of a batch, over data x expert."""
+    return PartitionSpec(mesh_axes(BATCH, sizes))
+
+
+def param_shardings(axes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each weight as the model computes with it, from its logical axis names (`Decoder.logical_axes`, or
+    `precision.fp8_axes` of them)."""
+    return jax.tree.map(lambda names: NamedSharding(mesh, weight_spec(names, mesh.shape)), axes, is_leaf=is_names)
+
+
+def state_shardings(axes: Any, params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for the master (and the moments) of each parameter; `params`: arrays or shapes."""
+    return jax.tree.map(lambda names, p: NamedSharding(mesh, state_spec(names, p.shape, mesh.shape)), axes, params, is_leaf=is_names)
+
+
+def is_names(leaf: Any) -> bool:
+    """Whether this is a leaf of a tree of logical axis names."""
+    return isinstance(leaf, tuple)
+
+
+def table(axes: Any, params: Any, sizes: Mapping[str, int]) -> dict[str, dict]:
+    """Every parameter by its path: shape, logical names, and the mesh axes of each dimension as weight and as state."""
+    rows = {}
+    for (path, names), leaf in zip(jax.tree.leaves_with_path(axes, is_leaf=is_names), jax.tree.leaves(params), strict=True):
+        rows["/".join(key.key for key in path)] = {
+            "shape": list(leaf.shape),
+            "logical": list(names),
+            "weight": list(weight_spec(names, sizes)),
+            "state": list(state_spec(names, leaf.shape, sizes)),
+        }
+    return rows
+
+
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return axes[0] if len(axes) == 1 else axes or None
