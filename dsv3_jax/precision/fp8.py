@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.precision.recipe import Recipe, Scales
-from dsv3_jax.precision.tap import Tap, padded_width, weight_gradient
+from dsv3_jax.precision.tap import Tap, given, padded_width, weight_gradient
 from dsv3_jax.precision.weights import FP8Weight
 from pallas_kernels import (
     Quantized,
@@ -65,12 +65,13 @@ def keep(tree: Any, name: str) -> Any:
 
 
 class Product(NamedTuple):
-    """What is static about a product. parts, width: the weight's [P, N, K] (one part: [N, K])."""
+    """What is static about a product. parts, width: the weight's [P, N, K] (one part: [N, K]); master: what takes the gradient, or None."""
 
     recipe: Recipe
     scales: Scales
     parts: int
     width: int
+    master: jax.ShapeDtypeStruct | None
     out_dtype: Any
 
 
@@ -81,16 +82,16 @@ def product(spec: Product, x: Activation, w: FP8Weight, group_sizes_E, tap, over
 
 
 def _product_fwd(spec, x, w, group_sizes_E, tap, overflow):
-    saved = x.quantised, w, group_sizes_E, tap is not None, overflow is not None
+    saved = x.quantised, w.transposed, group_sizes_E, given(tap), given(overflow)
     return _fprop(spec, x.quantised, w, group_sizes_E), saved
 
 
 def _product_bwd(spec, saved, dy_TN):
-    x, w, group_sizes_E, tapped, counted = saved
-    dx_TK, dy_NT, dy_bad = _dgrad(spec, w, group_sizes_E, dy_TN)
+    x, w_KN, group_sizes_E, tapped, counted = saved
+    dx_TK, dy_NT, dy_bad = _dgrad(spec, w_KN, group_sizes_E, dy_TN)
     x_KT = requantize_transposed(x, group_sizes_E, pow2=spec.scales.input, implementation=spec.recipe.fp8)
-    dw, tap = _wgrad(spec, w, group_sizes_E, Tap(x_KT, dy_NT), tapped)
-    return Activation(None, dx_TK), dw, None, tap, jnp.stack([_bad_tiles(x), dy_bad]) if counted else None
+    dw, tap = _wgrad(spec, group_sizes_E, Tap(x_KT, dy_NT), tapped)
+    return Activation(None, dx_TK), dw, None, tap, jnp.stack([_bad_tiles(x), dy_bad]) if counted is not None else None
 
 
 product.defvjp(_product_fwd, _product_bwd)
@@ -108,13 +109,13 @@ def swiglu_product(spec: Product, gate_up: jax.Array, row_weights, w: FP8Weight,
 def _swiglu_product_fwd(spec, gate_up, row_weights, w, group_sizes_E, tap, overflow):
     kept = quantize_tiles(gate_up, implementation=spec.recipe.fp8)
     kept = keep(kept, "gate_up")
-    saved = kept, row_weights, w, group_sizes_E, tap is not None, overflow is not None, jnp.zeros((0,), gate_up.dtype)
+    saved = kept, row_weights, w.transposed, group_sizes_E, given(tap), given(overflow)
     return _fprop(spec, _swiglu(spec, gate_up, row_weights), w, group_sizes_E), saved
 
 
 def _swiglu_product_bwd(spec, saved, dy_TN):
-    kept, row_weights, w, group_sizes_E, tapped, counted, like = saved
-    d_hidden, dy_NT, dy_bad = _dgrad(spec, w, group_sizes_E, dy_TN)
+    kept, row_weights, w_KN, group_sizes_E, tapped, counted = saved
+    d_hidden, dy_NT, dy_bad = _dgrad(spec, w_KN, group_sizes_E, dy_TN)
     d_hidden = d_hidden.astype(jnp.float32)
     gate, up = jnp.split(kept.dequantize(), 2, axis=-1)
     sigmoid = jax.nn.sigmoid(gate)
@@ -125,10 +126,10 @@ def _swiglu_product_bwd(spec, saved, dy_TN):
         d_row_weights = jnp.sum(d_hidden * hidden, axis=-1)
         hidden, d_hidden = hidden * row_weights[:, None], d_hidden * row_weights[:, None]
     d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_gate_up = jnp.concatenate([d_gate, d_hidden * silu], axis=-1).astype(like.dtype)
-    hidden_q, hidden_FT = quantize_both(hidden.astype(like.dtype), group_sizes_E, implementation=spec.recipe.fp8)
-    dw, tap = _wgrad(spec, w, group_sizes_E, Tap(hidden_FT, dy_NT), tapped)
-    return d_gate_up, d_row_weights, dw, None, tap, jnp.stack([_bad_tiles(hidden_q), dy_bad]) if counted else None
+    d_gate_up = jnp.concatenate([d_gate, d_hidden * silu], axis=-1).astype(spec.recipe.compute_dtype)
+    hidden_q, hidden_FT = quantize_both(hidden.astype(spec.recipe.compute_dtype), group_sizes_E, implementation=spec.recipe.fp8)
+    dw, tap = _wgrad(spec, group_sizes_E, Tap(hidden_FT, dy_NT), tapped)
+    return d_gate_up, d_row_weights, dw, None, tap, jnp.stack([_bad_tiles(hidden_q), dy_bad]) if counted is not None else None
 
 
 swiglu_product.defvjp(_swiglu_product_fwd, _swiglu_product_bwd)
@@ -148,23 +149,25 @@ def _fprop(spec, x, w, group_sizes_E):
     return y.reshape(-1, spec.parts, y.shape[-1] // spec.parts)[..., : spec.width].reshape(-1, spec.parts * spec.width)
 
 
-def _dgrad(spec, w, group_sizes_E, dy_TN):
+def _dgrad(spec, w_KN, group_sizes_E, dy_TN):
     """The input gradient [T, K], the output gradient tiled along tokens [N', T'], and how many of its tiles are not finite."""
     dy_TN = dy_TN.astype(spec.recipe.compute_dtype)
     if room := padded_width(spec.parts, spec.width) // spec.parts - spec.width:
         dy_TN = jnp.pad(dy_TN.reshape(-1, spec.parts, spec.width), [(0, 0), (0, 0), (0, room)]).reshape(dy_TN.shape[0], -1)
     dy, dy_NT = quantize_both(dy_TN, group_sizes_E, pow2=spec.scales.gradient, implementation=spec.recipe.fp8)
-    return _multiply(spec, dy, w.transposed, group_sizes_E, spec.recipe.compute_dtype), dy_NT, _bad_tiles(dy)
+    return _multiply(spec, dy, w_KN, group_sizes_E, spec.recipe.compute_dtype), dy_NT, _bad_tiles(dy)
 
 
-def _wgrad(spec, w, group_sizes_E, operands, tapped):
+def _wgrad(spec, group_sizes_E, operands, tapped):
     """(the cotangent of the weight, that of the tap)."""
-    if w.master is None:
-        return None, operands if tapped else None
-    if tapped:
-        return FP8Weight(None, None, jnp.zeros_like(w.master)), operands
-    dw = weight_gradient(operands, w.master.shape, group_sizes_E, spec.recipe)
-    return FP8Weight(None, None, dw.astype(w.master.dtype)), None
+    tap = None if tapped is None else operands
+    if spec.master is None:
+        return None, tap
+    if tapped is not None:
+        dw = jnp.zeros(spec.master.shape, spec.master.dtype)
+    else:
+        dw = weight_gradient(operands, spec.master.shape, group_sizes_E, spec.recipe).astype(spec.master.dtype)
+    return FP8Weight(None, None, dw), tap
 
 
 def _multiply(spec, a, b, group_sizes_E, out_dtype):

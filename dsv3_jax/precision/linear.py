@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.precision import fp8
 from dsv3_jax.precision.grouped import grouped_matmul
 from dsv3_jax.precision.recipe import FLOAT32, Recipe, Scales
-from dsv3_jax.precision.tap import Tap, weight_gradient
+from dsv3_jax.precision.tap import Tap, given, weight_gradient
 from dsv3_jax.precision.weights import FP8Weight, dense
 from pallas_kernels import Quantized, quantize_blocks
 
@@ -109,7 +109,8 @@ def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
         w = FP8Weight.of(w, parts)
     elif not isinstance(w, FP8Weight):
         w = FP8Weight.of(quantize_blocks(jax.lax.stop_gradient(w), implementation=recipe.fp8), parts)._replace(master=w)
-    return fp8.Product(recipe, scales, parts, width, out_dtype), w
+    master = None if w.master is None else jax.ShapeDtypeStruct(w.master.shape, w.master.dtype)
+    return fp8.Product(recipe, scales, parts, width, master, out_dtype), w
 
 
 def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype):
@@ -128,7 +129,7 @@ def _product(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
 
 
 def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
-    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype), (x_TK, w, group_sizes_E, tap is not None)
+    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype), (x_TK, w, group_sizes_E, given(tap))
 
 
 def _product_bwd(recipe, out_dtype, saved, dy_TN):
@@ -137,7 +138,7 @@ def _product_bwd(recipe, out_dtype, saved, dy_TN):
     merged = w.reshape(*([-1] if group_sizes_E is None else [w.shape[0], -1]), w.shape[-1])
     dx_TK = _multiply(dy_TN, jnp.swapaxes(merged, -1, -2), group_sizes_E, recipe, recipe.compute_dtype)
     stash = Tap(x_TK, dy_TN)
-    if tapped:
+    if tapped is not None:
         return dx_TK, jnp.zeros_like(w), None, stash
     return dx_TK, weight_gradient(stash, w.shape, group_sizes_E, recipe).astype(w.dtype), None, None
 

@@ -58,6 +58,11 @@ def weight_gradient(stash: Tap, w_shape: tuple[int, ...], group_sizes_E: jax.Arr
     return dw.reshape(w_shape)
 
 
+def given(argument) -> tuple | None:
+    """Whether there is such an argument, for the residuals of a custom_vjp: a structure without leaves, which stays static."""
+    return None if argument is None else ()
+
+
 def padded_width(parts: int, n: int) -> int:
     """N' of an `FP8Weight`: several parts are padded to multiples of 128 each."""
     return parts * (n if parts == 1 else -(-n // 128) * 128)
