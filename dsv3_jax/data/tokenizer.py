@@ -211,7 +211,7 @@ class Tokenizer:
         return table
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -220,7 +220,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text; ill-formed UTF-8 becomes U+FFFD, ids outside the vocabulary nothing."""
-        skip = self._special_ids if skip_special_tokens else ()
+        skip = self.special_ids if skip_special_tokens else ()
         return b"".join(self.token_bytes(i) for i in ids if i not in skip).decode(errors="replace")
 
     def stream(self, *, skip_special_tokens: bool = True) -> "StreamDecoder":
@@ -266,7 +266,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
         self._tokenizer = tokenizer
-        self._skip = tokenizer._special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def step(self, token_id: int) -> str:
