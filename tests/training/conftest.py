@@ -1,0 +1,73 @@
+"""A model and a run small enough to be trained in seconds."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compile_fast():
+    """These tests compile for longer than they compute: half the time without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def micro_model() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_attention_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        rope_scaling=None,
+        max_position_embeddings=64,
+        initializer_range=0.05,
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Forty small documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
+        (folder / f"file{i:02}.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_config(micro_model, corpus, tmp_path_factory):
+    """A function: TrainConfig of a short run with the fields given put over it. Runs share their prepared rows."""
+    cache = tmp_path_factory.mktemp("rows")
+
+    def make(**fields) -> TrainConfig:
+        config = TrainConfig(
+            model=micro_model,
+            data=DataConfig(corpus=(str(corpus),), cache=str(cache), heldout_fraction=0.1),
+            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, bias_update_speed=0.01),
+            steps=6,
+            sequence_length=32,
+            batch_size=8,
+            remat="none",
+            checkpoint_every=2,
+            eval_every=3,
+        )
+        return dataclasses.replace(config, **fields)
+
+    return make
