@@ -6,6 +6,7 @@ engine.generate(["def main("], SamplingParams(max_new_tokens=32, temperature=0))
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import numpy as np
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.serving.cache import PagePool, free_memory, pages_within
-from dsv3_jax.serving.request import Completion, Output, Request, SamplingParams, TokenLogprob, derive_seed
+from dsv3_jax.serving.request import Completion, InvalidParameter, Output, Request, SamplingParams, TokenLogprob, derive_seed
 from dsv3_jax.serving.runner import Result, Runner, Shapes
 from dsv3_jax.serving.scheduler import Scheduler, Work
+from dsv3_jax.serving.shaping import Grammars, Shaper, is_shaped
 from dsv3_jax.serving.text import TextStream
 
 
@@ -68,6 +70,9 @@ class Engine:
         speculate: bool = False,
     ):
         config = decoder.config
+        for name, value in (("max_batch", max_batch), ("max_length", max_length or 1), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
         max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
@@ -90,6 +95,7 @@ class Engine:
         self.stats = Stats()
         self._eos = {config.eos_token_id} | ({tokenizer.eos_id} if tokenizer else set())
         self._texts: dict[Request, TextStream] = {}
+        self._shapers: dict[Request, Shaper] = {}
         self._finished: list[_Step] = []  # of the step before, whose text is not out yet
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -100,14 +106,23 @@ class Engine:
             return self.tokenizer.encode(prompt)
         tokens = [int(token) for token in prompt]
         if any(not 0 <= token < self.config.vocab_size for token in tokens):
-            raise UserError(f"the prompt has token ids outside the vocabulary 0..{self.config.vocab_size - 1}")
+            raise InvalidParameter(f"the prompt has token ids outside the vocabulary 0..{self.config.vocab_size - 1}", "prompt")
         return tokens
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises UserError for one that can never run."""
-        if request.params.stop and self.tokenizer is None:
-            raise UserError("stop texts need a tokenizer, and this model has none")
+        params = request.params
+        if self.tokenizer is None and (params.stop or params.json_schema is not None):
+            raise UserError("stop texts and JSON schemas need a tokenizer, and this model has none")
+        if any(not 0 <= token < self.config.vocab_size for token, _ in params.logit_bias):
+            raise InvalidParameter(f"logit_bias has token ids outside the vocabulary 0..{self.config.vocab_size - 1}", "logit_bias")
+        shaper = None
+        if is_shaped(params):
+            matcher = None if params.json_schema is None else self._grammars.matcher(params.json_schema)
+            shaper = Shaper(params, self.config.vocab_size, matcher)
         self.scheduler.add(request)
+        if shaper is not None:
+            self._shapers[request] = shaper
         if self.tokenizer is not None:
             self._texts[request] = TextStream(self.tokenizer, request.params.stop)
 
@@ -116,7 +131,12 @@ class Engine:
         if request.finish_reason is None:
             self.scheduler.finish(request, "abort")
         self._texts.pop(request, None)
+        self._shapers.pop(request, None)
         self._finished = [step for step in self._finished if step.request is not request]
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -125,7 +145,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Starts the next step on the device and returns the output of the one before, whose text is made meanwhile."""
         work = self.scheduler.schedule()
-        result = self.runner.run(work) if work else None
+        result = self.runner.run(work, self._bias(work)) if work else None
         outputs = [output for step in self._finished if (output := self._emit(step))]
         self._finished = self._collect(work, result) if work else []
         return outputs
@@ -144,6 +164,9 @@ class Engine:
             for output in self.step():
                 completions[output.request].extend(output)
         return list(completions.values())
+
+    def _bias(self, work: Work) -> dict[int, np.ndarray]:
+        return {row: self._shapers[r].bias(r) for row, r in enumerate(work.requests) if r in self._shapers}
 
     def _collect(self, work: Work, result: Result) -> list[_Step]:
         """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
@@ -170,6 +193,8 @@ class Engine:
                     reason = "stop"
                 elif request.num_new_tokens == request.params.max_new_tokens:
                     reason = "length"
+                if (shaper := self._shapers.get(request)) and shaper.push(token):
+                    reason = reason or "stop"
                 if reason:
                     break
             self.stats.generated_tokens += len(tokens)
@@ -177,6 +202,7 @@ class Engine:
             self.scheduler.cached(request, len(request.tokens) - 1)
             if reason:
                 self.scheduler.finish(request, reason)
+                self._shapers.pop(request, None)
             steps.append(_Step(request, tokens, _logprobs(request, tokens, row, *sampled[1:])))
         return steps
 
@@ -197,6 +223,7 @@ class Engine:
         if stopped:
             if request.finish_reason is None:
                 self.scheduler.finish(request, "stop")
+                self._shapers.pop(request, None)
             request.finish_reason = "stop"
         if request.finish_reason is not None:
             del self._texts[request]

@@ -9,6 +9,14 @@ from dsv3_jax.errors import UserError
 MAX_LOGPROBS = 20
 
 
+class InvalidParameter(UserError):
+    """A request that is refused. `parameter` names the field of it that is to blame, `code` is the OpenAI API's word for it."""
+
+    def __init__(self, message: str, parameter: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.parameter, self.code = parameter, code
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen; names are those of the OpenAI API and of vLLM.
@@ -16,6 +24,8 @@ class SamplingParams:
     temperature: 0 takes the most likely token. top_k: 0 keeps all. min_p: drops tokens less likely than min_p times the likeliest.
     seed: decides every draw together with the token's position, whatever else is in the batch. stop: texts that end the answer
     (they are cut off). logprobs: how many alternatives are reported beside each token's log-probability (0..20), None for none.
+    presence_penalty, frequency_penalty: taken off the logits of tokens that the answer has, once and once for each time.
+    logit_bias: (token id, value added to its logit) pairs. json_schema: the answer is a JSON text of this schema (itself JSON text).
     """
 
     max_new_tokens: int = 16
@@ -27,6 +37,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str | None = None
 
     def __post_init__(self):
         for name, good, allowed in (
@@ -36,10 +50,12 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
             ("min_p", 0 <= self.min_p <= 1, "within 0..1"),
             ("stop", all(self.stop), "without empty texts"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "within -2..2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "within -2..2"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"within 0..{MAX_LOGPROBS}"),
         ):
             if not good:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
+                raise InvalidParameter(f"{name} is {getattr(self, name)!r}: it must be {allowed}", name)
 
 
 def derive_seed(seed: int, index: int) -> int:

@@ -67,9 +67,9 @@ class Runner:
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
         self.caches = {name: jnp.zeros(array.shape, array.dtype) for name, array in arrays.items()}
 
-    def run(self, work: Work, bias: np.ndarray | None = None) -> Result:
-        """One step, started on the device: the result's arrays may still be in the making. bias [B, W]: added to the logits; a row
-        with a bias does not speculate."""
+    def run(self, work: Work, bias: dict[int, np.ndarray]) -> Result:
+        """One step, started on the device: the result's arrays may still be in the making. bias: row -> [W], added to the logits; a
+        row with a bias does not speculate, as its next bias depends on the token that is drawn."""
         inputs = self._inputs(work)
         logprobs = any(request.params.logprobs is not None for request in work.requests)
         return self._launch(inputs, logprobs=logprobs, from_start=work.from_start, bias=bias)
@@ -78,11 +78,12 @@ class Runner:
         """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
         requests. The first request that draws, filters or wants log-probabilities adds a small sampling program."""
         batches, widths, tables = self.shapes
-        prefills = [(b, w, start) for w in widths for b in batches if b * w <= widths[-1] or b == batches[0] for start in (True, False)]
+        rows = {w: round_up(min(widths[-1] // w, batches[-1]), batches) for w in widths}
+        prefills = [(b, w, start) for w in widths for b in batches if b <= rows[w] for start in (True, False)]
         shapes = list(itertools.product(prefills + [(b, None, False) for b in batches], tables))
         for done, ((batch, width, from_start), table) in enumerate(shapes, 1):
             inputs = _Inputs.empty(batch, width or self.decode_width, table, prefill=width is not None)
-            jax.block_until_ready(self._launch(inputs, logprobs=False, from_start=from_start, bias=None))
+            jax.block_until_ready(self._launch(inputs, logprobs=False, from_start=from_start, bias={}))
             yield done, len(shapes)
 
     @property
@@ -111,17 +112,17 @@ class Runner:
                 inputs.next_tokens[row, columns.start : columns.start + len(following)] = following
         return inputs._replace(rows=Rows.of([request.params for request in work.requests], len(inputs.lengths)))
 
-    def _launch(self, inputs: "_Inputs", *, logprobs: bool, from_start: bool, bias: np.ndarray | None) -> Result:
+    def _launch(self, inputs: "_Inputs", *, logprobs: bool, from_start: bool, bias: dict[int, np.ndarray]) -> Result:
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
         logits_BQW, hidden_BSD, self.caches = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, from_start=from_start)
-        if bias is not None:
-            padding = np.zeros((len(inputs.lengths) - len(bias), bias.shape[1]), np.float32)
-            bias = np.concatenate([bias, padding])[:, None]
+        bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
+        for row, values in bias.items():
+            bias_BQW[row, 0] = values
         new_positions = np.take_along_axis(inputs.positions, inputs.last, axis=1) + 1
-        sampled = sample(logits_BQW, inputs.rows, new_positions, logprobs=logprobs, bias_BQW=bias)
+        sampled = sample(logits_BQW, inputs.rows, new_positions, logprobs=logprobs, bias_BQW=bias_BQW)
         if not self.speculate:
             return Result(sampled, np.ones(len(inputs.lengths), np.int32), None)
-        may_accept = np.ones(len(inputs.lengths), bool) if bias is None else ~np.any(bias, axis=(1, 2))
+        may_accept = ~np.isin(np.arange(len(inputs.lengths)), list(bias))
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
         drafts_B, counts_B, self.caches = _draft(
             self.decoder, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,

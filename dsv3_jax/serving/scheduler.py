@@ -9,9 +9,8 @@ oldest one is thus never held up, and no request is larger than the pool: every 
 from collections import deque
 from typing import NamedTuple
 
-from dsv3_jax.errors import UserError
 from dsv3_jax.serving.cache import PAGE_SIZE, PagePool, page_keys, pages_for
-from dsv3_jax.serving.request import Request
+from dsv3_jax.serving.request import InvalidParameter, Request
 
 
 def round_up(size: int, sizes: tuple[int, ...]) -> int:
@@ -41,20 +40,29 @@ class Scheduler:
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0  # prefixes are counted in tokens
         self._prefilled_last = False
 
+    @property
+    def longest_request(self) -> int:
+        """Tokens, prompt and answer, of the longest request that can run."""
+        return min(self.max_length, self.pool.num_pages * PAGE_SIZE)
+
     def check(self, request: Request) -> None:
         """Raises UserError for a request that can never run."""
         capacity = self.pool.num_pages * PAGE_SIZE
         if not request.prompt:
-            raise UserError("the prompt is empty: give at least one token")
+            raise InvalidParameter("the prompt is empty: give at least one token", "prompt")
         if request.max_tokens > self.max_length:
-            raise UserError(
+            raise InvalidParameter(
                 f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {request.params.max_new_tokens}: together at most "
-                f"{self.max_length} fit this context"
+                f"{self.max_length} fit this context",
+                "prompt",
+                "context_length_exceeded",
             )
         if request.max_tokens > capacity:
-            raise UserError(
+            raise InvalidParameter(
                 f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {request.params.max_new_tokens}: the whole cache "
-                f"holds {capacity}; shorten the request or give the cache more pages"
+                f"holds {capacity}; shorten the request or give the cache more pages",
+                "prompt",
+                "context_length_exceeded",
             )
 
     def add(self, request: Request) -> None:

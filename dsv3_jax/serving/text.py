@@ -1,5 +1,6 @@
-"""An answer's text as it grows: only what no stop text can take back."""
+"""An answer's text as it grows: stop texts, reasoning, tool calls."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -30,3 +31,66 @@ class TextStream:
         keep = next((n for n in range(min(longest, len(self._held)), 0, -1) if any(s.startswith(self._held[-n:]) for s in self._stop)), 0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text, False
+
+
+class ReasoningSplitter:
+    """Splits an answer's text, piece by piece, into what stands between <think> and </think> and the rest."""
+
+    def __init__(self, inside: bool):
+        self._state = "inside" if inside else "before"
+        self._held = ""
+
+    def push(self, text: str, *, last: bool = False) -> tuple[str, str]:
+        """(reasoning, content) that became certain."""
+        self._held += text
+        if self._state == "before":
+            start = self._held.lstrip()
+            if start.startswith("<think>"):
+                self._state, self._held = "inside", start.removeprefix("<think>")
+            elif last or not "<think>".startswith(start[:7]):
+                self._state = "after"
+            else:
+                return "", ""
+        reasoning = ""
+        if self._state == "inside":
+            reasoning, tag, rest = self._held.partition("</think>")
+            if tag:
+                self._state, self._held = "after", rest.lstrip("\n")
+            else:
+                keep = 0 if last else next((n for n in range(7, 0, -1) if reasoning.endswith("</think>"[:n])), 0)
+                reasoning, self._held = reasoning[: len(reasoning) - keep], reasoning[len(reasoning) - keep :]
+                return reasoning, ""
+        content, self._held = self._held, ""
+        return reasoning, content
+
+
+def split_reasoning(text: str, inside: bool) -> tuple[str | None, str]:
+    """(reasoning or None where there is none, content) of a whole answer."""
+    splitter = ReasoningSplitter(inside)
+    reasoning, content = splitter.push(text, last=True)
+    return (reasoning.strip("\n") if inside or reasoning else None), content
+
+
+# DeepSeek's tool calls, as its chat templates write them: V3 and R1 put "function", the name and fenced JSON, V3.1 name and JSON.
+_TOOL_CALLS = "<｜tool▁calls▁begin｜>"
+_TOOL_CALL = re.compile(
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n(?P<arguments>.*?)\n```|(?P<name2>[^<\n]+)<｜tool▁sep｜>(?P<arguments2>.*?))"
+    r"\s*<｜tool▁call▁end｜>",
+    re.DOTALL,
+)
+
+
+def tool_calls(content: str, job_id: str) -> tuple[int, list[dict]] | None:
+    """Where the tool calls of an answer begin, and the calls in OpenAI's form; None if it has none."""
+    start = content.find(_TOOL_CALLS)
+    if start < 0:
+        return None
+    calls = [
+        {
+            "id": f"call_{job_id}_{index}",
+            "type": "function",
+            "function": {"name": (call["name"] or call["name2"]).strip(), "arguments": call["arguments"] or call["arguments2"]},
+        }
+        for index, call in enumerate(_TOOL_CALL.finditer(content, start))
+    ]
+    return (start, calls) if calls else None

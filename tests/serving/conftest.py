@@ -34,6 +34,20 @@ def plain():
     return load_oracle("tiny_s_plain")
 
 
+TEMPLATE = (
+    "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'alien' %}{{ raise_exception('unknown role') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {{ start }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chatty(plain):
+    """`plain` whose tokenizer has a chat template."""
+    tokenizer = plain.tokenizer
+    return SimpleNamespace(**vars(plain) | {"tokenizer": Tokenizer(tokenizer._json, tokenizer.config | {"chat_template": TEMPLATE})})
+
+
 @pytest.fixture(scope="session")
 def with_mtp():
     return load_oracle("tiny_s_yarn_mtp")

@@ -1,0 +1,120 @@
+"""What `serve.py` does once its options are known: one prompt, a batch file, a chat, HTTP, a benchmark."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import rich.progress
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.serving.batch import run_batch
+from dsv3_jax.serving.engine import Engine
+from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api
+from dsv3_jax.serving.request import Request
+from dsv3_jax.serving.text import ReasoningSplitter
+
+_PROMPT_TOKENS = 256  # of an answer to --prompt, if --max-tokens does not say
+
+
+def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
+    """The exit status. The engine is made late: wrong options are refused before a model is loaded."""
+    if options.input and not options.input.is_file():
+        raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
+    engine = make_engine()
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
+    defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
+    api = Api(engine, options.model_name or options.model.resolve().name, defaults)
+    if options.input:
+        return batch(api, options)
+    if engine.tokenizer is None:
+        raise UserError(f"{options.model} has no tokenizer: only --input with prompts of token ids can be answered")
+    if options.prompt is not None:
+        return prompt(api, options)
+    return chat(api, options)
+
+
+def batch(api: Api, options: argparse.Namespace) -> int:
+    with Progress() as progress:
+        failed = run_batch(api, options.input, options.output, seed=options.seed, progress=progress)
+    if failed:
+        print(f"{failed} lines failed: their records in {options.output} have an error", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def prompt(api: Api, options: argparse.Namespace) -> int:
+    body = {"prompt": options.prompt, "max_tokens": options.max_tokens or _PROMPT_TOKENS}
+    room = api.engine.scheduler.longest_request - len(api.engine.encode(options.prompt))
+    if options.max_tokens is None and room > 0:
+        body["max_tokens"] = min(_PROMPT_TOKENS, room)
+    (request,) = api.parse(COMPLETIONS, body, id="", seed=options.seed).requests
+    for text in stream(api.engine, request):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def chat(api: Api, options: argparse.Namespace) -> int:
+    """Lines in, answers out, until end of input. What stands between <think> and </think> is shown dim."""
+    if api.engine.tokenizer.chat_template is None:
+        raise UserError(f"{options.model} has no chat template: continue a text with --prompt")
+    terminal = sys.stdin.isatty()
+    messages: list[dict] = []
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return 0
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            job = api.parse(CHAT, {"messages": messages}, id="", seed=options.seed + len(messages))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        splitter, answer = ReasoningSplitter(job.reasoning), ""
+        for text in stream(api.engine, job.requests[0]):
+            reasoning, content = splitter.push(text)
+            answer += content
+            print(f"\x1b[2m{reasoning}\x1b[0m{content}" if reasoning and terminal else content, end="", flush=True)
+        content = splitter.push("", last=True)[1]
+        print(content)
+        messages.append({"role": "assistant", "content": answer + content})
+
+
+def stream(engine: Engine, request: Request):
+    """The answer's text, piece by piece. Left early (Ctrl-C), the request is aborted."""
+    engine.add(request)
+    try:
+        while request.finish_reason is None or engine.has_work:
+            for output in engine.step():
+                yield output.text
+    finally:
+        engine.abort(request)
+
+
+class Progress:
+    """Lines done and tokens a second: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __enter__(self):
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(), "{task.completed}/{task.total} lines", "{task.fields[rate]}", rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._bar.start()
+        self._task = self._bar.add_task("", total=None, rate="")
+        self._start = self._last = time.monotonic()
+        return self
+
+    def __call__(self, done: int, total: int, api: Api) -> None:
+        now = time.monotonic()
+        rate = f"{api.engine.stats.generated_tokens / (now - self._start):.1f} tokens/s"
+        self._bar.update(self._task, completed=done, total=total, rate=rate)
+        if self._bar.disable and (now - self._last > 10 or done == total):
+            print(f"{done}/{total} lines, {rate}", file=sys.stderr, flush=True)
+            self._last = now
+
+    def __exit__(self, *_):
+        self._bar.stop()

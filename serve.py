@@ -1,0 +1,115 @@
+"""Generate with a model: `python serve.py MODEL [options]`. MODEL is a run folder or a Hugging Face directory.
+
+python serve.py runs/tiny                                            a chat in the terminal
+python serve.py runs/tiny --prompt "def main("                       one answer
+python serve.py runs/tiny --input in.jsonl --output out.jsonl        a file of requests; started again it goes on where it stopped
+python serve.py runs/tiny --http --port 8000                         the OpenAI API
+python serve.py bench runs/tiny --requests 100                       how fast it is
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsv3_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    bench = argv[:1] == ["bench"]
+    parser = Parser(
+        prog="serve.py bench" if bench else "serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("model", type=Path, help="run folder or Hugging Face directory")
+    option("--step", type=int, help="of a run; default the newest")
+    option("--dtype", choices=["float32", "bfloat16"], help="of weights and computation; default as stored, float32 on a CPU")
+
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-batch", type=int, default=64, help="requests that run at once")
+    engine.add_argument("--max-length", type=int, help="tokens of a request, prompt and answer; default what the model allows")
+    engine.add_argument("--cache-tokens", type=int, help="size of the latent cache; default what is useful and fits into free memory")
+    engine.add_argument("--prefill-tokens", type=int, default=1024, help="of a prompt in one step; longer ones are cut into chunks")
+    engine.add_argument("--fp8-cache", action="store_true", help="keep latents in FP8")
+    engine.add_argument("--speculate", action="store_true", help="draft tokens with the MTP module: the same answers, sooner")
+
+    if bench:
+        option("--requests", type=int, default=100)
+        option("--rate", type=float, help="requests a second; default all at once")
+        option("--lengths", choices=["random", "sharegpt"], default="random", help="of prompts and answers; sharegpt: log-normal, as chats")
+        option("--prompt-tokens", type=int, default=256, help="mean (sharegpt) or most (random)")
+        option("--answer-tokens", type=int, default=128, help="mean (sharegpt) or most (random)")
+        option("--seed", type=int, default=0)
+        return parser.parse_args(argv[1:])
+
+    mode = parser.add_argument_group("what to do (default: a chat)").add_mutually_exclusive_group()
+    mode.add_argument("--prompt", help="answer this")
+    mode.add_argument("--input", type=Path, help='.jsonl of OpenAI batch lines or {"prompt": …}, or .txt with a prompt a line')
+    mode.add_argument("--http", action="store_true", help="serve the OpenAI API")
+    option("--output", type=Path, help="of --input: one line for each of its lines, in its order")
+
+    sampling = parser.add_argument_group("sampling (where a request does not say)")
+    sampling.add_argument("--max-tokens", type=int, help="of an answer; default 256 for a prompt, the API's own otherwise")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--top-k", type=int, default=0)
+    sampling.add_argument("--min-p", type=float, default=0.0)
+    sampling.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be given several times")
+    sampling.add_argument("--seed", type=int, default=0)
+
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1")
+    http.add_argument("--port", type=int, default=8000)
+    http.add_argument("--api-key", help="clients must send it; default the environment variable DSV3_API_KEY")
+    http.add_argument("--model-name", help="default the folder's name")
+    options = parser.parse_args(argv)
+    if bool(options.input) != bool(options.output):
+        parser.error("--input and --output belong together")
+    return options
+
+
+def make_engine(options: argparse.Namespace):
+    from dsv3_jax import load
+    from dsv3_jax.serving import Engine
+    from dsv3_jax.serving.cache import pages_for
+
+    model = load(options.model, step=options.step, dtype=options.dtype)
+    return Engine(
+        model.decoder,
+        model.params,
+        tokenizer=model.tokenizer,
+        max_batch=options.max_batch,
+        max_length=options.max_length,
+        num_pages=None if options.cache_tokens is None else pages_for(options.cache_tokens),
+        prefill_tokens=options.prefill_tokens,
+        fp8_cache=options.fp8_cache,
+        speculate=options.speculate,
+    )
+
+
+def serve(argv: list[str]) -> int:
+    options = parse(argv)
+    from dsv3_jax.serving import commands
+
+    return commands.run(options, lambda: make_engine(options))
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 1 some lines of a batch failed, 2 wrong input, 130 interrupted."""
+    try:
+        return serve(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
