@@ -98,10 +98,11 @@ class Saved:
 
         Raises UserError that names every leaf that is missing, unexpected or of another shape, or the file that is damaged.
         """
-        for item, tree in abstract.items():
+        for item in abstract:
             if item not in self.items:
                 raise UserError(f"{self.directory} has no {item!r} (it has {', '.join(self.items)}): give a run that training saved")
-            self.verify(lambda name, item=item: name.startswith(f"{item}/"))
+        self.verify(lambda name: name.partition("/")[0] in abstract)
+        for item, tree in abstract.items():
             if problems := differences(tree, self._metadata(item)):
                 raise UserError(f"{self.directory / item} does not fit: {problems}. Give a config of the same model")
         return ocp.load_checkpointables(self.directory, dict(abstract))
@@ -150,6 +151,7 @@ class Writer:
         """
         self.wait()
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)  # raises here what would come up late and garbled in a thread of Orbax
             saving = ocp.save_checkpointables_async(
                 self.directory / str(step), dict(items), overwrite=True, custom_metadata={"config": self.config}
             )
