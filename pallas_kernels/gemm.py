@@ -153,11 +153,11 @@ def _scratch(config, b_kind, out_dtype, ragged):
     """The ring of operand tiles with its barriers, and staging for the output."""
     stages, warpgroups, staged = config.stages, config.warpgroups, config.staged(out_dtype)
     scratch = {
-        "a": plgpu.SMEM((stages, config.tile_m, BLOCK), E4M3, transforms=_swizzled(BLOCK, E4M3)),
-        "b": plgpu.SMEM((stages, config.tile_n, BLOCK), E4M3, transforms=_swizzled(BLOCK, E4M3)),
+        "a": plgpu.SMEM((stages, config.tile_m, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
+        "b": plgpu.SMEM((stages, config.tile_n, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
         "sa": plgpu.SMEM((stages, config.tile_m), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=4 if b_kind == "tiles" else 3, num_barriers=stages),
-        "out": plgpu.SMEM((warpgroups, WAVE, staged), out_dtype, transforms=_swizzled(staged, out_dtype)),
+        "out": plgpu.SMEM((warpgroups, WAVE, staged), out_dtype, transforms=swizzled(staged, out_dtype)),
     }
     if b_kind == "tiles":
         scratch["sb"] = plgpu.SMEM((stages, config.tile_n), jnp.float32)
@@ -170,7 +170,7 @@ def _scratch(config, b_kind, out_dtype, ragged):
     return scratch
 
 
-def _swizzled(columns, dtype):
+def swizzled(columns, dtype):
     """The SMEM layout on which WGMMA, TMA and register stores agree without bank conflicts, for rows of `columns` elements."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = math.gcd(columns * itemsize, 128)

@@ -7,7 +7,7 @@ Raises ValueError for wrong dtypes or shapes.
 
 from pallas_kernels import checks
 from pallas_kernels.platform import dispatch
-from pallas_kernels.quantize import reference
+from pallas_kernels.quantize import hopper, reference
 from pallas_kernels.quantized import Quantized
 
 
@@ -67,5 +67,5 @@ def _check_groups(group_sizes, tokens):
 
 
 def _run(op, implementation, *operands, **options):
-    function = getattr(reference, op)
-    return dispatch(op, implementation, *operands, hopper=function, reference=function, **options)
+    plain = getattr(reference, op)
+    return dispatch(op, implementation, *operands, hopper=getattr(hopper, op, plain), reference=plain, **options)

@@ -19,7 +19,7 @@ def quantize_tiles(x, *, pow2=False) -> Quantized:
     padded = pad_to(x.astype(jnp.float32), (*lead, rows, num_blocks(k) * BLOCK))
     groups = padded.reshape(*lead, rows, num_blocks(k), BLOCK)
     scales = tile_scales(jnp.max(jnp.abs(groups), axis=-1), pow2=pow2)
-    values = (groups / scales[..., None]).astype(E4M3).reshape(padded.shape)[..., :k]
+    values = exact_divide(groups, jnp.broadcast_to(scales[..., None], groups.shape)).astype(E4M3).reshape(padded.shape)[..., :k]
     return Quantized.tiles(values, scales)
 
 
@@ -28,9 +28,12 @@ def quantize_blocks(w, *, pow2=False) -> Quantized:
     nb, kb = num_blocks(n), num_blocks(k)
     padded = pad_to(w.astype(jnp.float32), (*lead, nb * BLOCK, kb * BLOCK))
     blocks = padded.reshape(*lead, nb, BLOCK, kb, BLOCK)
-    scales = divide_by_max(jnp.max(jnp.abs(blocks), axis=(-3, -1)))
+    amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
+    scales = exact_divide(amax, jnp.full_like(amax, E4M3_MAX))
     scales = jnp.where(scales == 0, 1.0, round_up_to_power_of_two(scales) if pow2 else scales)
-    values = (blocks / scales[..., :, None, :, None]).astype(E4M3).reshape(padded.shape)[..., :n, :k]
+    values = (
+        exact_divide(blocks, jnp.broadcast_to(scales[..., :, None, :, None], blocks.shape)).astype(E4M3).reshape(padded.shape)[..., :n, :k]
+    )
     return Quantized.blocks(values, scales)
 
 
@@ -79,18 +82,21 @@ def _grouped_transpose(x, group_sizes):
     return jnp.where((offset < sizes[group])[:, None], rows, 0).T
 
 
-def tile_scales(amax, *, pow2):
-    """Scales of activation tiles from their largest magnitudes, float32."""
-    scales = divide_by_max(jnp.maximum(amax, AMAX_FLOOR))
+def tile_scales(amax, *, pow2, divide=None):
+    """Scales of activation tiles from their largest magnitudes, float32. `divide` must round once, as the one below does."""
+    scales = (divide or exact_divide)(jnp.maximum(amax, AMAX_FLOOR), jnp.full_like(amax, E4M3_MAX))
     return round_up_to_power_of_two(scales) if pow2 else scales
 
 
-def divide_by_max(amax):
-    """amax / 448, rounded once. XLA turns division by a constant into a multiplication by its rounded reciprocal, which is one unit off
-    for half of the values, so the divisor is made to depend on the data: amax has no sign bit, but XLA does not know that."""
-    sign = lax.bitcast_convert_type(amax, jnp.uint32) >> 31
-    divisor = lax.bitcast_convert_type(lax.bitcast_convert_type(jnp.float32(E4M3_MAX), jnp.uint32) + sign, jnp.float32)
-    return amax / divisor
+def exact_divide(x, y):
+    """x / y for float32 of one shape, rounded once.
+
+    XLA turns a division by a constant, or by a value that is broadcast, into a multiplication by its rounded reciprocal, which is one unit
+    off for a quarter of the values and changes the code where the quotient is half way between two. So every divisor is made to depend on
+    its element of x: |x| has no sign bit, but XLA does not know that.
+    """
+    nothing = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) >> 31
+    return x / lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.uint32) + nothing, jnp.float32)
 
 
 def round_up_to_power_of_two(x):
