@@ -53,12 +53,12 @@ def state_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: M
 
 
 def zero_axis(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int | None, tuple[str, ...]]:
-    """(the dimension of a weight that ZeRO-1 splits, or None; the mesh axes that repeat the weight, over which it is split)."""
+    """(the dimension of a weight that ZeRO-1 splits, or None where there is nothing to split; the mesh axes that repeat the weight)."""
     taken = {RULES[name] for name in logical if name in RULES}
     over = mesh_axes(tuple(name for name in REPLICAS if name not in taken), sizes)
     parts = math.prod(sizes[axis] for axis in over)
     free = [i for i, name in enumerate(logical) if name not in RULES and shape[i] % parts == 0]
-    return (max(free, key=lambda i: shape[i]) if free else None), over
+    return (max(free, key=lambda i: shape[i]) if free and parts > 1 else None), over
 
 
 def batch_spec(sizes: Mapping[str, int]) -> PartitionSpec:

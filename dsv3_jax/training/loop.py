@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax import checkpoint
 from dsv3_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
@@ -30,11 +29,9 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision.recipe import check_devices, recipe
 from dsv3_jax.training import schedules
-from dsv3_jax.training.loss import next_token_loss
 from dsv3_jax.training.metrics import MetricsLog, Progress, load_max_over_mean
 from dsv3_jax.training.step import Trainer, TrainState
 
-_ROWS = PartitionSpec(("data", "expert"))  # the batch is sharded over both
 # A run's place in its data, before the first step: steps done, rows consumed by them, the name of the folder of prepared rows.
 _POSITION = {"step": 0, "row": 0, "rows": ""}
 
@@ -64,7 +61,7 @@ class Run:
         numerics = recipe(resolve_precision(config.precision))
         check_devices(numerics)
         self.mesh = meshes.make(config.mesh)
-        _check_batch(config, self.mesh)
+        _check_mesh(config, self.mesh)
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": _POSITION})["data"] if self.resumed_from else _POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
@@ -77,25 +74,23 @@ class Run:
             process_count=jax.process_count(),
         )
         self.decoder = Decoder(config.model, numerics, remat=config.remat)
-        self.trainer = Trainer(self.decoder, config)
-        self._heldout_loss = jax.jit(lambda params, batch: next_token_loss(self.decoder, params, batch))
+        self.trainer = Trainer(self.decoder, config, self.mesh)
         _use_compilation_cache()
         self.state = self._initial_state() if self.resumed_from is None else self._restored_state()
 
     # State.
 
     def _initial_state(self) -> TrainState:
-        replicated, config = NamedSharding(self.mesh, PartitionSpec()), self.config
+        config, shardings = self.config, self.trainer.shardings
         if config.init_from is None:
-            params = jax.jit(self.decoder.init, out_shardings=replicated)(jax.random.key(config.seed))
+            params = jax.jit(self.decoder.init, out_shardings=shardings.params)(jax.random.key(config.seed))
         else:
-            params = _load_params(config.init_from, config.model, replicated)
-        return jax.jit(self.trainer.init, out_shardings=replicated, donate_argnums=0)(params)
+            params = _load_params(config.init_from, config.model, shardings.params)
+        return jax.jit(self.trainer.init, out_shardings=shardings, donate_argnums=0)(params)
 
     def _restored_state(self) -> TrainState:
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        state = jax.eval_shape(self.trainer.init, self.decoder.abstract_params())
-        items = {name: checkpoint.with_shardings(item, replicated) for name, item in _items(state).items()}
+        state, shardings = jax.eval_shape(self.trainer.init, self.decoder.abstract_params()), _items(self.trainer.shardings)
+        items = {name: checkpoint.with_shardings(item, shardings[name]) for name, item in _items(state).items()}
         saved = self.resumed_from.load(items)
         return TrainState(params=saved["params"], ema=saved.get("ema"), **saved["train_state"])
 
@@ -148,8 +143,7 @@ class Run:
                 break
 
     def _place(self, batch: dict) -> dict:
-        sharding = NamedSharding(self.mesh, _ROWS)
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return {name: jax.make_array_from_process_local_data(self.trainer.batch_sharding, rows) for name, rows in batch.items()}
 
     def _report(self, step: schedules.Step, metrics: dict, clock: "_Clock", log: MetricsLog, progress: Progress) -> None:
         metrics = jax.device_get(metrics)
@@ -182,7 +176,7 @@ class Run:
         nats = count = 0.0
         for i, batch in enumerate(heldout_batches(self.prepared.directory, self._eval_batch, **parts)):
             if i % every == 0:
-                loss, num_tokens = self._heldout_loss(self.state.params, self._place(batch))
+                loss, num_tokens = self.trainer.next_token_loss(self.state.params, self._place(batch))
                 nats, count = nats + float(loss), count + float(num_tokens)
         return nats, count
 
@@ -254,13 +248,11 @@ def _prepare(config: TrainConfig, directory: Path, rows: str) -> Prepared:
     return prepared
 
 
-def _check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    if mesh.shape["pipe"] * mesh.shape["expert"] > 1:
-        raise UserError(f"mesh {config.mesh!r}: training spreads over the axis data alone so far: give data={mesh.size}")
-    for name in ("batch_size", "batch_ramp_from", "microbatch_size"):
-        size = getattr(config, name)
-        if size is not None and size % mesh.shape["data"]:
-            raise UserError(f"{name}={size} must be a multiple of data={mesh.shape['data']}, the devices the batch is spread over")
+def _check_mesh(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    if mesh.shape["pipe"] > 1:
+        raise UserError(f"mesh {config.mesh!r}: training spreads over the axes data and expert so far: give pipe=1")
+    batches = {name: getattr(config, name) for name in ("batch_size", "batch_ramp_from", "microbatch_size")}
+    meshes.check(mesh.shape, config.model, batches)
 
 
 def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | None:

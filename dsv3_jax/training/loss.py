@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.model import Decoder
+from dsv3_jax.model.moe import RouterStats
 
 # Logits of so many entries at a time exist (512 MiB in float32), whatever the batch and the vocabulary.
 _LOGITS_AT_ONCE = 2**27
@@ -66,32 +67,44 @@ def loss_and_terms(
     its share of the larger one's, so that the parts' mean is the whole's loss.
 
     Returns (loss, terms): float32 scalars "main", "mtp", "balance" (each before its weight; balance is summed over layers and averaged
-    over sequences) and "load" [L, E], the tokens each expert of each MoE layer got (the MTP layer last).
+    over sequences), "fill", more than 1 if the exchange of experts had no room for some tokens (`RouterStats`; the rest is then void), and
+    "load" [L, E], the tokens each expert of each MoE layer got (the MTP layer last).
     """
     config, where = decoder.config, _where(batch)
     over = over or num_targets(batch)
     hidden_BSD, stats = decoder(params, batch["tokens"][:, :-1], *where)
-    main = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), targets(batch, 1)) / jnp.maximum(over.main, 1)
-    moe_stats = [stats] if config.num_moe_layers else []
-    mtp = jnp.zeros((), jnp.float32)
-    if config.num_nextn_predict_layers:
-        # The last position's next token is known and its target is not: it runs along without weight, which keeps S a round number.
-        predicted_BSD, mtp_stats = decoder.mtp(params, hidden_BSD, batch["tokens"][:, 1:], *where)
-        mtp = cross_entropy(decoder, params, predicted_BSD, targets(batch, 2)) / jnp.maximum(over.mtp, 1)
-        moe_stats.append(jax.tree.map(lambda x: x[None], mtp_stats))
-    load_LE, balance = jnp.zeros((0, config.n_routed_experts), jnp.float32), jnp.zeros((), jnp.float32)
-    if moe_stats:
-        load_LE = jax.lax.stop_gradient(jnp.concatenate([s.load_E for s in moe_stats]))
-        balance = jnp.sum(jnp.concatenate([s.balance_loss for s in moe_stats]))
+    main, mtp, mtp_stats = after_layers(decoder, params, hidden_BSD, batch, over)
+    moe_stats = [stats, mtp_stats] if config.num_moe_layers else [mtp_stats]
+    load_LE, balance_L, fill_L = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moe_stats)
+    load_LE, fill = jax.lax.stop_gradient((load_LE, jnp.max(fill_L, initial=0)))
+    balance = jnp.sum(balance_L)
     loss = main + mtp_loss_weight * mtp + balance_loss_weight * balance
-    return loss, {"main": main, "mtp": mtp, "balance": balance, "load": load_LE}
+    return loss, {"main": main, "mtp": mtp, "balance": balance, "fill": fill, "load": load_LE}
 
 
-def next_token_loss(decoder: Decoder, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """(summed −log p of the next tokens in nats, how many there are), float32: evaluation, without the MTP module."""
+def after_layers(
+    decoder: Decoder, params: dict, hidden_BSD: jax.Array, batch: dict, over: NumTargets
+) -> tuple[jax.Array, jax.Array, RouterStats]:
+    """The part of `loss_and_terms` that follows the last layer of the main model: its cross entropy, and the MTP module with its own.
+
+    Returns (main, mtp, router statistics of the MTP layer, leaves [1, ...], or [0, ...] where there is none).
+    """
+    main = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), targets(batch, 1)) / jnp.maximum(over.main, 1)
+    if not decoder.config.num_nextn_predict_layers:
+        none = jnp.zeros((0,), jnp.float32)
+        return main, jnp.zeros((), jnp.float32), RouterStats(jnp.zeros((0, decoder.config.n_routed_experts), jnp.float32), none, none)
+    # The last position's next token is known and its target is not: it runs along without weight, which keeps S a round number.
+    predicted_BSD, stats = decoder.mtp(params, hidden_BSD, batch["tokens"][:, 1:], *_where(batch))
+    mtp = cross_entropy(decoder, params, predicted_BSD, targets(batch, 2)) / jnp.maximum(over.mtp, 1)
+    return main, mtp, jax.tree.map(lambda x: x[None], stats)
+
+
+def next_token_loss(decoder: Decoder, params: dict, batch: dict) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """((summed −log p of the next tokens in nats, how many there are), fill), float32: evaluation, without the MTP module."""
     target = targets(batch, 1)
-    hidden_BSD = decoder(params, batch["tokens"][:, :-1], *_where(batch)).hidden_BSD
-    return cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), target), jnp.sum(target.weights_BS)
+    hidden_BSD, stats = decoder(params, batch["tokens"][:, :-1], *_where(batch))
+    loss = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), target)
+    return (loss, jnp.sum(target.weights_BS)), jnp.max(stats.fill)
 
 
 def _where(batch):

@@ -1,8 +1,9 @@
 """One training step, a pure function of (state, batch, what is scheduled); jitted, the state donated.
 
-Nothing here knows a mesh: where arrays lie is decided by whoever places state and batch.
+What here happens to one device's rows (`_gradients`) is spread over a mesh by dsv3_jax/parallel/spread.py.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,9 @@ import optax
 
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.model import Decoder
+from dsv3_jax.parallel.buffers import Buffers
+from dsv3_jax.parallel.mesh import make
+from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision.weights import attach, quantize_params
 from dsv3_jax.training import loss, optimizer, router_bias
 from dsv3_jax.training.schedules import Scheduled
@@ -31,30 +35,66 @@ class TrainState(NamedTuple):
 
 
 class Trainer:
-    """The step of a configuration: `init` makes a state, `step` is the jitted step."""
+    """The step of a configuration on a mesh (by default one device): `init` makes a state, `step` goes on from it.
 
-    def __init__(self, decoder: Decoder, config: TrainConfig):
-        self.decoder, self.config = decoder, config
+    shardings: where a state's arrays lie, a TrainState of them; batch_sharding: where a batch does.
+    """
+
+    def __init__(self, decoder: Decoder, config: TrainConfig, mesh: jax.sharding.Mesh | None = None):
+        self.config = config
+        self.spread = Spread(decoder, mesh or make("data=1", jax.devices()[:1]))
+        self.buffers = Buffers()
         weights_axes, _ = router_bias.split(decoder.logical_axes())
         self.optimizer = optimizer.adamw(config.optimizer, optimizer.decayed(weights_axes))
-        self.step = jax.jit(self._step, donate_argnums=0)
+        masters, whole = self.spread.shardings, jax.sharding.NamedSharding(self.spread.mesh, jax.sharding.PartitionSpec())
+        moments, _ = router_bias.split(masters)
+        ema = masters if config.optimizer.ema_decay is not None else None
+        self.shardings = TrainState(masters, optimizer.AdamState(whole, moments, moments), whole, whole, ema)
+        self.batch_sharding = self.spread.batch_sharding
+        self._steps, self._losses = {}, {}  # compiled, by the size of the exchange's buffers
 
     def init(self, params: dict) -> TrainState:
         """The state before the first step of training `params` (float32)."""
-        zero = jnp.zeros((), jnp.int32)
         ema = jax.tree.map(jnp.copy, params) if self.config.optimizer.ema_decay is not None else None
-        return TrainState(params, self.optimizer.init(router_bias.split(params)[0]), zero, zero, ema)
+        return TrainState(params, self.optimizer.init(router_bias.split(params)[0]), jnp.int32(0), jnp.int32(0), ema)
 
-    def _step(self, state: TrainState, batch: dict, scheduled: Scheduled) -> tuple[TrainState, dict]:
-        """One optimizer step over a batch (see training/loss.py).
+    def step(self, state: TrainState, batch: dict, scheduled: Scheduled) -> tuple[TrainState, dict]:
+        """One optimizer step over a batch (see training/loss.py); the state is donated.
 
         Returns the new state and metrics, float32 scalars: "loss", its terms before their weights, "grad_norm" (before clipping),
-        "skipped" and "skipped_in_row"; and "load" [L, E].
+        "skipped" and "skipped_in_row"; "fill" of the exchange's buffers; and "load" [L, E].
         """
+        while True:
+            size = self.buffers.size
+            if size not in self._steps:
+                one = functools.partial(self._step, self.spread.decoder(size))
+                self._steps[size] = jax.jit(one, donate_argnums=0, out_shardings=(self.shardings, None))
+            state, metrics = self._steps[size](state, batch, scheduled)
+            if self._had_room(metrics["fill"]):
+                return state, metrics
+
+    def next_token_loss(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """`loss.next_token_loss` of a batch: (nats, how many tokens)."""
+        while True:
+            size = self.buffers.size
+            if size not in self._losses:
+                local = functools.partial(loss.next_token_loss, self.spread.decoder(size))
+                self._losses[size] = jax.jit(self.spread.sums(local))
+            sums, fill = self._losses[size](params, batch)
+            if self._had_room(fill):
+                return sums
+
+    def _had_room(self, fill: jax.Array) -> bool:
+        """False: nothing has changed and it is to be run again, with larger buffers. Reading `fill` waits for the device."""
+        return not self.spread.has_buffers or self.buffers.enough(float(fill))
+
+    def _step(self, decoder: Decoder, state: TrainState, batch: dict, scheduled: Scheduled) -> tuple[TrainState, dict]:
         options = self.config.optimizer
         weights, biases = router_bias.split(state.params)
-        gradients, total, terms = self._gradients(weights, biases, batch, scheduled)
-        norm = optax.global_norm(gradients)
+        count = max(1, len(batch["tokens"]) // (self.config.microbatch_size or len(batch["tokens"])))
+        local = functools.partial(self._gradients, decoder, count)
+        gradients, total, terms = self.spread.gradients(local)(weights, biases, batch, scheduled)
+        norm = optax.tree.norm(gradients)
         clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, options.clip_norm / (norm + 1e-6)), gradients)
         updates, adam = self.optimizer.update(clipped, state.adam, weights, learning_rate=scheduled.learning_rate)
         biases = router_bias.update(biases, terms["load"], scheduled.bias_update_speed)
@@ -64,22 +104,24 @@ class Trainer:
         if options.ema_decay is not None:
             ema = jax.tree.map(lambda e, p: e + (1 - options.ema_decay) * (p - e), state.ema, params)
 
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        finite, had_room = jnp.isfinite(total) & jnp.isfinite(norm), terms["fill"] <= 1
         old, new = (state.params, state.adam, state.ema), (params, adam, ema)
-        params, adam, ema = jax.tree.map(lambda old, new: jnp.where(finite, new, old), old, new)
-        bad = 1 - finite.astype(jnp.int32)
-        state = TrainState(params, adam, state.skipped + bad, (state.skipped_in_row + 1) * bad, ema)
+        params, adam, ema = jax.tree.map(lambda old, new: jnp.where(finite & had_room, new, old), old, new)
+        bad = (had_room & ~finite).astype(jnp.int32)
+        in_row = jnp.where(had_room, (state.skipped_in_row + 1) * bad, state.skipped_in_row)
+        state = TrainState(params, adam, state.skipped + bad, in_row, ema)
         return state, {"loss": total, **terms, "grad_norm": norm, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
 
-    def _gradients(self, weights: dict, biases: dict, batch: dict, scheduled: Scheduled) -> tuple[Any, jax.Array, dict]:
-        """Float32 gradients of the batch's loss, the loss and its terms, accumulated over microbatches in float32."""
-        count = max(1, len(batch["tokens"]) // (self.config.microbatch_size or len(batch["tokens"])))
-        over = jax.tree.map(lambda n: n / count, loss.num_targets(batch))
-        fp8 = quantize_params(weights, self.decoder.recipe)  # once a step, not once a microbatch
+    def _gradients(
+        self, decoder: Decoder, count: int, weights: dict, biases: dict, batch: dict, scheduled: Scheduled
+    ) -> tuple[Any, jax.Array, dict]:
+        """Float32 gradients of one device's loss, the loss and its terms, accumulated over `count` microbatches in float32."""
+        over = jax.tree.map(lambda n: n / count, self.spread.mean(loss.num_targets(batch)))
+        fp8 = quantize_params(weights, decoder.recipe)  # once a step, not once a microbatch
 
         def loss_of(weights, microbatch):
             return loss.loss_and_terms(
-                self.decoder,
+                decoder,
                 attach(weights, biases, fp8),
                 microbatch,
                 mtp_loss_weight=scheduled.mtp_loss_weight,
@@ -93,7 +135,10 @@ class Trainer:
             return gradients, total, terms
 
         def add(sums, microbatch):
-            return jax.tree.map(jnp.add, sums, gradient_of(weights, microbatch)), None
+            more = gradient_of(weights, microbatch)
+            fill = jnp.maximum(sums[0][1]["fill"], more[0][1]["fill"])
+            (total, terms), gradients = jax.tree.map(jnp.add, sums, more)
+            return ((total, terms | {"fill": fill}), gradients), None
 
         # Microbatch i takes rows i, i + count, ...: where the batch lies over devices, each keeps its rows.
         microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
@@ -101,4 +146,4 @@ class Trainer:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, weights, first))
         ((total, terms), gradients), _ = jax.lax.scan(add, zeros, microbatches)
         mean = lambda tree: jax.tree.map(lambda x: x / count, tree)  # noqa: E731
-        return mean(gradients), total / count, mean(terms) | {"load": terms["load"]}
+        return mean(gradients), total / count, mean(terms) | {"load": terms["load"], "fill": terms["fill"]}
