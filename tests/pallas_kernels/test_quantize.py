@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -62,3 +63,57 @@ def test_tiles_are_exact(run, dtype, pow2):
     q, (values, scales) = run(x, pow2=pow2), numpy_tiles(x, pow2)
     np.testing.assert_array_equal(q.scales(), scales)
     np.testing.assert_array_equal(codes(q), values.view(np.uint8))
+
+
+def close(q, want):
+    """Equal to the wanted values within one e4m3 rounding (2^-4 of the value), scales to 1e-5."""
+    got = np.asarray(q.dequantize(), np.float64)
+    assert np.all(
+        np.abs(got - want) <= np.abs(want) * 2**-4 + np.repeat(np.asarray(q.scales()), 128, axis=-1)[..., : want.shape[-1]] * 2**-9
+    )
+
+
+@pytest.mark.parametrize("run", [pk.swiglu_quantize, interpreted("swiglu_quantize")], ids=["reference", "hopper"])
+def test_swiglu(run):
+    x = np.random.default_rng(0).standard_normal((72, 600))
+    gate, up = np.split(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64), 2, axis=-1)
+    close(run(jnp.asarray(x, jnp.bfloat16)), gate / (1 + np.exp(-gate)) * up)
+
+
+@pytest.mark.parametrize("run", [pk.rmsnorm_quantize, interpreted("rmsnorm_quantize")], ids=["reference", "hopper"])
+def test_rmsnorm(run):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((70, 384)), rng.standard_normal(384)
+    want = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+    close(run(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)), want)
+
+
+@pytest.mark.parametrize("sizes", [None, [130, 0, 1, 69], [0, 0, 0, 200]])
+@pytest.mark.parametrize("op", ["requantize_transposed", "quantize_both"])
+def test_transposed(op, sizes):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((200, 136)), jnp.float32)
+    groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+    if op == "quantize_both":
+        rows, q = pk.quantize_both(x, groups)
+        np.testing.assert_array_equal(codes(rows), codes(pk.quantize_tiles(x)))
+        x = np.asarray(x)
+    else:
+        source = pk.quantize_tiles(x)
+        q, x = pk.requantize_transposed(source, groups), np.asarray(source.dequantize())
+    want = np.zeros((136, q.shape[1]))
+    start = row = 0
+    for size in sizes or [200]:
+        want[:, start : start + size] = x[row : row + size].T
+        start, row = start + -(-size // 128) * 128, row + size
+    close(q, want)
+    values, scales = numpy_tiles(want.astype(np.float32), pow2=False)
+    np.testing.assert_array_equal(q.scales(), scales)
+    np.testing.assert_array_equal(codes(q), values.view(np.uint8))
+
+
+def test_leading_axes_and_vmap():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 256)), jnp.float32)
+    whole, mapped = pk.quantize_tiles(x), jax.vmap(pk.quantize_tiles)(x)
+    for q in (whole, mapped):
+        np.testing.assert_array_equal(codes(q)[1], codes(pk.quantize_tiles(x[1])))
+        np.testing.assert_array_equal(q.scales()[1], pk.quantize_tiles(x[1]).scales())
