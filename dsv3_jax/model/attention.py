@@ -12,9 +12,13 @@ from dsv3_jax.model import rope
 from dsv3_jax.model.module import Module, ones, rms_norm, weight
 from dsv3_jax.precision import Recipe
 from pallas_kernels.mla_decode import mla_append, mla_decode
+from pallas_kernels.mla_decode.cache import PAGE_SIZE
+from pallas_kernels.mla_decode.cache import decode as decode_rows
 
 # The norms of the latents use this epsilon in every released implementation, whatever `rms_norm_eps` says.
 _LATENT_NORM_EPS = 1e-6
+# Pages whose keys and values are materialised at once when a prompt's later chunks are prefilled: 1,024 tokens.
+_BLOCK_PAGES = 16
 
 
 class Positions(NamedTuple):
@@ -84,23 +88,62 @@ class MLA(Module):
 
     def attend(self, q_BSHd: jax.Array, latent_BSC: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array:
         """Materialise keys and values of the latents and attend causally: -> [B, S, H, V]."""
+        k, v = self.materialise(latent_BSC)
+        return checkpoint_name(causal_attention(q_BSHd, k, v, rope.softmax_scale(self.config), segment_ids_BS), "attention")
+
+    def materialise(self, latent_BSC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, H, N+R] and values [B, S, H, V] of latents [B, S, C+R]."""
         c = self.config
         latent, k_rope = jnp.split(latent_BSC, [c.kv_lora_rank], axis=-1)
         kv = self.linear("kv_b_proj", latent).reshape(*latent.shape[:2], c.num_attention_heads, -1)
         k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
-        k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return checkpoint_name(causal_attention(q_BSHd, k, v, rope.softmax_scale(c), segment_ids_BS), "attention")
+        return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
     def output(self, attended_BSHV: jax.Array) -> jax.Array:
         """The output projection: [B, S, H, V] -> [B, S, D]."""
         return self.linear("o_proj", attended_BSHV.reshape(*attended_BSHV.shape[:2], -1))
 
-    def prefill(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
-        """`decode` of rows that start their sequences (padding at their ends): they see only themselves, so it is materialised."""
+    def prefill(self, x_BSD: jax.Array, where: Positions, cache: PagedCache, *, first: bool) -> tuple[jax.Array, jax.Array]:
+        """`decode` of many tokens a row, materialised. first: the rows start their sequences, with padding at their ends, if any."""
         q_BSHd, latent_BSC = self.project(x_BSD, where)
         pages = mla_append(cache.pages, latent_BSC, cache.page_table, cache.write_positions)
-        return self.output(self.attend(q_BSHd, latent_BSC, None)), pages
+        attended = self.attend(q_BSHd, latent_BSC, None) if first else self.attend_pages(q_BSHd, cache._replace(pages=pages))
+        return self.output(attended), pages
+
+    def attend_pages(self, q_BSHd: jax.Array, cache: PagedCache) -> jax.Array:
+        """Attend to all that the cache holds up to each query's position: -> [B, S, H, V].
+
+        Keys and values are materialised for a few pages at a time, and the softmax is carried along (Milakov and Gimelshein 2018), so
+        that memory does not grow with the length, and only as many blocks are computed as the longest row has.
+        """
+        scale, precision = rope.softmax_scale(self.config), self.recipe.product_precision
+        pages_per_block = min(_BLOCK_PAGES, cache.page_table.shape[1])
+        block = pages_per_block * PAGE_SIZE
+        table = jnp.pad(cache.page_table, ((0, 0), (0, -cache.page_table.shape[1] % pages_per_block)))
+
+        def add_block(index, carry):
+            total, weighted, top = carry
+            rows = cache.pages[jax.lax.dynamic_slice_in_dim(table, index * pages_per_block, pages_per_block, axis=1)]
+            rows = rows.reshape(rows.shape[0], block, rows.shape[-1])
+            latent = decode_rows(rows, self.recipe.compute_dtype) if rows.dtype == jnp.uint8 else rows.astype(self.recipe.compute_dtype)
+            keys_K = index * block + jnp.arange(block)
+            # Slots that were never written may hold anything, and NaN times 0 is NaN.
+            k, v = self.materialise(jnp.where((keys_K < cache.lengths[:, None])[..., None], latent, 0))
+            scores = jnp.einsum("bshd,bkhd->bshk", q_BSHd, k, precision=precision, preferred_element_type=jnp.float32) * scale
+            seen = keys_K <= cache.write_positions[..., None]
+            scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+            product = jnp.einsum("bshk,bkhv->bshv", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+            return total * decay + jnp.sum(weights, axis=-1), weighted * decay[..., None] + product, new_top
+
+        shape = q_BSHd.shape[:3]
+        start = (jnp.zeros(shape), jnp.zeros((*shape, self.config.v_head_dim)), jnp.full(shape, -1e30))
+        num_blocks = (jnp.max(cache.lengths) + block - 1) // block
+        total, weighted, _ = jax.lax.fori_loop(0, num_blocks, add_block, start)
+        # Padding sees nothing, and its sum is 0.
+        return (weighted / jnp.where(total > 0, total, 1)[..., None]).astype(self.recipe.compute_dtype)
 
     def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
         """Write the new tokens' latents into the cache and attend to all of it, absorbed (report §2.1.1; DeepSeek-V2 appendix).

@@ -33,12 +33,15 @@ class DecoderLayer(Module):
         return self.feed_forward(checkpoint_name(x_BSD, "residual"))
 
     def decode(
-        self, x_BSD: jax.Array, where: Positions, cache: PagedCache, *, from_start: bool = False
+        self, x_BSD: jax.Array, where: Positions, cache: PagedCache, *, chunk: str | None = None
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """The same for new tokens over a paged cache: also returns the new pages. from_start: the rows start their sequences."""
+        """The same for new tokens over a paged cache: also returns the new pages. chunk: as of `Decoder.decode`."""
         with jax.named_scope("attention"):
-            attend = self.self_attn.prefill if from_start else self.self_attn.decode
-            attended, pages = attend(self._norm("input_layernorm", x_BSD), where, cache)
+            normed = self._norm("input_layernorm", x_BSD)
+            if chunk is None:
+                attended, pages = self.self_attn.decode(normed, where, cache)
+            else:
+                attended, pages = self.self_attn.prefill(normed, where, cache, first=chunk == "first")
         x_BSD, stats = self.feed_forward(x_BSD + attended)
         return x_BSD, pages, stats
 

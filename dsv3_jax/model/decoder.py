@@ -145,13 +145,13 @@ class Decoder:
     # Passes over a paged cache: serving.
 
     def decode(
-        self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, from_start: bool = False
+        self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk: str | None = None
     ) -> tuple[jax.Array, dict, RouterStats]:
-        """New tokens of each sequence over the paged cache, absorbed.
+        """New tokens of each sequence over the paged cache: one or a few, absorbed, or with `chunk` many, materialised.
 
         tokens, positions int32 [B, S] (position -1: padding, not written); caches: {"dense_layers": pages [L, P, 64, C+R],
-        "moe_layers": ...}; page_table [B, pages]; lengths [B], new tokens included, so that a row's real tokens stand at its end.
-        from_start: each row starts its sequence and its real tokens stand first; attention is then materialised, over the row alone.
+        "moe_layers": ...}; page_table [B, pages]; lengths [B], new tokens included. Without `chunk` a row's last token is at its end.
+        chunk: "first" where the rows start their sequences, padding at their ends; "later" where they follow what the cache holds.
         Returns (hidden before the final norm [B, S, D], the new caches, stats).
         """
         where = self.positions(tokens_BS, jnp.maximum(positions_BS, 0))
@@ -166,7 +166,7 @@ class Decoder:
                 x_BSD, pool = carry
                 layer_params, index = params_and_index
                 cache = PagedCache(pool, page_table + index * num_pages, lengths_B, positions_BS)
-                x_BSD, pool, stats = module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache, from_start=from_start)
+                x_BSD, pool, stats = module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache, chunk=chunk)
                 return (x_BSD, pool), stats
 
             pool = caches[name].reshape(-1, *caches[name].shape[2:])
@@ -175,7 +175,7 @@ class Decoder:
         return x_BSD, new_caches, stats
 
     def decode_mtp(
-        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, from_start: bool = False
+        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk: str | None = None
     ) -> tuple[jax.Array, dict]:
         """The MTP module over its own pages, caches["mtp"] [1, P, 64, C+R], after `decode` of the same positions.
 
@@ -186,5 +186,5 @@ class Decoder:
         cache = PagedCache(caches["mtp"][0], page_table, lengths_B, positions_BS)
         mtp = module.bind(self.modules["mtp"], params["mtp"])
         hidden_BSD, embedding_BSD = self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS)
-        normed_BSD, pages, _ = mtp.decode(hidden_BSD, embedding_BSD, where, cache, from_start=from_start)
+        normed_BSD, pages, _ = mtp.decode(hidden_BSD, embedding_BSD, where, cache, chunk=chunk)
         return normed_BSD, {**caches, "mtp": pages[None]}

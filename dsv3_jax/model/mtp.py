@@ -33,10 +33,10 @@ class MTP(Module):
         return self._norm("norm", x_BSD), stats
 
     def decode(
-        self, hidden_BSD: jax.Array, next_embedding_BSD: jax.Array, where: Positions, cache: PagedCache, *, from_start: bool = False
+        self, hidden_BSD: jax.Array, next_embedding_BSD: jax.Array, where: Positions, cache: PagedCache, *, chunk: str | None = None
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """The same for new tokens over a paged cache: also returns the new pages."""
-        x_BSD, pages, stats = self.layer.decode(self._merge(hidden_BSD, next_embedding_BSD), where, cache, from_start=from_start)
+        x_BSD, pages, stats = self.layer.decode(self._merge(hidden_BSD, next_embedding_BSD), where, cache, chunk=chunk)
         return self._norm("norm", x_BSD), pages, stats
 
     def _merge(self, hidden_BSD, next_embedding_BSD):

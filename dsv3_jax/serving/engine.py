@@ -5,7 +5,7 @@ engine.generate(["def main("], SamplingParams(max_new_tokens=32, temperature=0))
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -89,6 +89,7 @@ class Engine:
             self.pool,
             max_batch=max_batch,
             max_length=max_length,
+            prefill_tokens=prefill_tokens,
             prefill_widths=shapes.widths,
             lookahead=self.runner.decode_width,
         )
@@ -133,6 +134,10 @@ class Engine:
         self._texts.pop(request, None)
         self._shapers.pop(request, None)
         self._finished = [step for step in self._finished if step.request is not request]
+
+    def compile(self) -> Iterator[tuple[int, int]]:
+        """Compiles every shape before the first request; yields (done, of how many)."""
+        return self.runner.compile()
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -24,17 +24,22 @@ _TABLES = (4, 16, 64, 256, 1024)
 
 
 class Shapes(NamedTuple):
-    """The compiled shapes, ascending: rows of a step, width of a prefill row, pages of the table."""
+    """The compiled shapes, ascending: rows of a step, width of a prefill row, pages of the table; tokens of a prefill step."""
 
     batches: tuple[int, ...]
     widths: tuple[int, ...]
     tables: tuple[int, ...]
+    prefill_tokens: int
 
     @classmethod
     def of(cls, *, max_batch: int, max_length: int, prefill_tokens: int) -> "Shapes":
         """Batches and tables are rounded up to common sizes, so that engines of similar size share programs."""
-        widths = (*(size for size in _WIDTHS if size < prefill_tokens), prefill_tokens)
-        return cls(_up_to(max_batch, _BATCHES), widths, _up_to(pages_for(max_length), _TABLES))
+        longest = min(prefill_tokens, max_length)
+        widths = (*(size for size in _WIDTHS if size < longest), longest)
+        tables = _up_to(pages_for(max_length), _TABLES)
+        if jax.default_backend() == "gpu":
+            tables = tables[-1:]  # the kernel reads the pages that a sequence has; the reference reads all of the table
+        return cls(_up_to(max_batch, _BATCHES), widths, tables, prefill_tokens)
 
 
 def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,18 +77,18 @@ class Runner:
         row with a bias does not speculate, as its next bias depends on the token that is drawn."""
         inputs = self._inputs(work)
         logprobs = any(request.params.logprobs is not None for request in work.requests)
-        return self._launch(inputs, logprobs=logprobs, from_start=work.from_start, bias=bias)
+        return self._launch(inputs, logprobs=logprobs, chunk=work.chunk, bias=bias)
 
     def compile(self) -> Iterator[tuple[int, int]]:
         """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
         requests. The first request that draws, filters or wants log-probabilities adds a small sampling program."""
-        batches, widths, tables = self.shapes
-        rows = {w: round_up(min(widths[-1] // w, batches[-1]), batches) for w in widths}
-        prefills = [(b, w, start) for w in widths for b in batches if b <= rows[w] for start in (True, False)]
-        shapes = list(itertools.product(prefills + [(b, None, False) for b in batches], tables))
-        for done, ((batch, width, from_start), table) in enumerate(shapes, 1):
-            inputs = _Inputs.empty(batch, width or self.decode_width, table, prefill=width is not None)
-            jax.block_until_ready(self._launch(inputs, logprobs=False, from_start=from_start, bias={}))
+        batches, widths, tables, prefill_tokens = self.shapes
+        rows = {w: round_up(min(max(prefill_tokens // w, 1), batches[-1]), batches) for w in widths}
+        prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
+        shapes = list(itertools.product(prefills + [(b, self.decode_width, None) for b in batches], tables))
+        for done, ((batch, width, chunk), table) in enumerate(shapes, 1):
+            inputs = _Inputs.empty(batch, width, table, prefill=chunk is not None)
+            jax.block_until_ready(self._launch(inputs, logprobs=False, chunk=chunk, bias={}))
             yield done, len(shapes)
 
     @property
@@ -92,29 +97,28 @@ class Runner:
         return 2 if self.speculate else 1
 
     def _inputs(self, work: Work) -> "_Inputs":
-        """Host arrays of a step. Rows that start their sequences are filled from the left, others from the right (Decoder.decode)."""
+        """Host arrays of a step; rows are filled from the left."""
         width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
         table = round_up(max(len(request.pages) for request in work.requests), self.shapes.tables)
         inputs = _Inputs.empty(round_up(len(work.requests), self.shapes.batches), width, table, prefill=work.prefill)
         for row, (request, count) in enumerate(zip(work.requests, work.counts)):
             start = request.num_cached
-            columns = slice(0, count) if work.from_start else slice(width - count, width)
             tokens = request.tokens[start : start + count]
             if not work.prefill and self.speculate:
                 tokens = [request.tokens[start], request.draft]
-            inputs.tokens[row, columns] = tokens
-            inputs.positions[row, columns] = np.arange(start, start + count)
+            inputs.tokens[row, :count] = tokens
+            inputs.positions[row, :count] = np.arange(start, start + count)
             inputs.page_table[row, : len(request.pages)] = request.pages
             inputs.lengths[row] = start + count
             if work.prefill:
-                inputs.last[row] = columns.stop - 1
+                inputs.last[row] = count - 1
                 following = request.tokens[start + 1 : start + count + 1]
-                inputs.next_tokens[row, columns.start : columns.start + len(following)] = following
+                inputs.next_tokens[row, : len(following)] = following
         return inputs._replace(rows=Rows.of([request.params for request in work.requests], len(inputs.lengths)))
 
-    def _launch(self, inputs: "_Inputs", *, logprobs: bool, from_start: bool, bias: dict[int, np.ndarray]) -> Result:
+    def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> Result:
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
-        logits_BQW, hidden_BSD, self.caches = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, from_start=from_start)
+        logits_BQW, hidden_BSD, self.caches = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, chunk=chunk)
         bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values
@@ -126,7 +130,7 @@ class Runner:
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
         drafts_B, counts_B, self.caches = _draft(
             self.decoder, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,
-            may_accept, from_start=from_start,
+            may_accept, chunk=chunk,
         )  # fmt: skip
         return Result(sampled, counts_B, drafts_B)
 
@@ -151,18 +155,18 @@ class _Inputs(NamedTuple):
         return cls(full(0), full(-1), full(-1), page_table, np.zeros(batch, np.int32), last, Rows.of([], batch))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "from_start"), donate_argnames="caches")
-def _forward(decoder, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, from_start):
+@functools.partial(jax.jit, static_argnames=("decoder", "chunk"), donate_argnames="caches")
+def _forward(decoder, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, chunk):
     """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches."""
-    hidden_BSD, caches, _ = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, from_start=from_start)
+    hidden_BSD, caches, _ = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
     wanted_BQD = jnp.take_along_axis(hidden_BSD, last_BQ[..., None], axis=1)
     return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "from_start"), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("decoder", "chunk"), donate_argnames="caches")
 def _draft(
     decoder, params, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, caches, page_table, lengths_B, last_BQ,
-    may_accept_B, *, from_start,
+    may_accept_B, *, chunk,
 ):  # fmt: skip
     """How many sampled tokens count, and the token that the MTP module expects after them.
 
@@ -176,7 +180,7 @@ def _draft(
         accepted_B = may_accept_B & (sampled_BQ[:, 0] == tokens_BS[:, 1])
     sampled_BS = jnp.zeros_like(tokens_BS).at[rows[:, None], last_BQ].set(sampled_BQ)
     next_BS = jnp.where(next_tokens_BS < 0, sampled_BS, next_tokens_BS)
-    normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, positions_BS, caches, page_table, lengths_B, from_start=from_start)
+    normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
     normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
     drafts_B = jnp.argmax(decoder.head(params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
     return drafts_B, 1 + accepted_B.astype(jnp.int32), caches

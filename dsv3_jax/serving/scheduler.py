@@ -19,22 +19,25 @@ def round_up(size: int, sizes: tuple[int, ...]) -> int:
 
 
 class Work(NamedTuple):
-    """One step: requests and how many tokens each adds to the cache. from_start: a prefill of sequences from their first token."""
+    """One step: requests and how many tokens each adds to the cache. chunk: of a prefill, "first" or "later" (see Decoder.decode)."""
 
     requests: list[Request]
     counts: list[int]
-    prefill: bool
-    from_start: bool
+    chunk: str | None
+
+    @property
+    def prefill(self) -> bool:
+        return self.chunk is not None
 
 
 class Scheduler:
     """Args: the pool; max_batch: requests that run at once; max_length: tokens of a request, prompt and answer;
-    prefill_widths: row widths of prefill steps, a step has at most `prefill_widths[-1]` tokens; lookahead: tokens a decode step
-    writes for each request (2 with speculation)."""
+    prefill_tokens: of a prefill step; prefill_widths: widths of its rows; lookahead: tokens a decode step writes for each request
+    (2 with speculation)."""
 
-    def __init__(self, pool: PagePool, *, max_batch: int, max_length: int, prefill_widths: tuple[int, ...], lookahead: int = 1):
+    def __init__(self, pool: PagePool, *, max_batch, max_length, prefill_tokens, prefill_widths: tuple[int, ...], lookahead=1):
         self.pool, self.max_batch, self.max_length = pool, max_batch, max_length
-        self.prefill_widths, self.lookahead = prefill_widths, lookahead
+        self.prefill_tokens, self.prefill_widths, self.lookahead = prefill_tokens, prefill_widths, lookahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0  # prefixes are counted in tokens
@@ -80,7 +83,7 @@ class Scheduler:
             return self._prefill(prefilling)
         self._prefilled_last = False
         decoding = self._grow(decoding)
-        return Work(decoding, [self.lookahead] * len(decoding), False, False) if decoding else None
+        return Work(decoding, [self.lookahead] * len(decoding), None) if decoding else None
 
     def finish(self, request: Request, reason: str) -> None:
         """Takes a request out, wherever it is, and frees its pages."""
@@ -119,13 +122,13 @@ class Scheduler:
             self.running.append(request)
 
     def _prefill(self, prefilling: list[Request]) -> Work:
-        """The first request decides the rows' width and whether they start their sequences; those that fit beside it join."""
+        """The first request decides the rows' width and kind; those that fit beside it join."""
         remaining = lambda request: len(request.tokens) - request.num_cached  # noqa: E731
         first, most = prefilling[0], self.prefill_widths[-1]
-        from_start, width = first.num_cached == 0, round_up(min(remaining(first), most), self.prefill_widths)
-        fitting = [r for r in prefilling[1:] if (r.num_cached == 0) == from_start and remaining(r) <= width]
-        rows = [first, *fitting[: most // width - 1]]
-        return Work(rows, [min(remaining(r), width) for r in rows], True, from_start)
+        chunk, width = _chunk(first), round_up(min(remaining(first), most), self.prefill_widths)
+        fitting = [r for r in prefilling[1:] if _chunk(r) == chunk and remaining(r) <= width]
+        rows = [first, *fitting[: max(self.prefill_tokens // width, 1) - 1]]
+        return Work(rows, [min(remaining(r), width) for r in rows], chunk)
 
     def _grow(self, decoding: list[Request]) -> list[Request]:
         """Gives each request pages for its next step; those who can, oldest first."""
@@ -150,3 +153,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages, request.page_keys, request.num_cached, request.draft = [], [], 0, None
+
+
+def _chunk(request: Request) -> str:
+    return "later" if request.num_cached else "first"

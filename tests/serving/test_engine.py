@@ -34,9 +34,14 @@ def tokens_of(engine, prompts, params):
     return answers
 
 
+logits_of = jax.jit(lambda decoder, params, tokens: decoder.logits(params, tokens), static_argnums=0)
+
+
 def follows(model, prompt, answer):
     """Whether each token of a greedy answer is the likeliest in one forward pass over prompt and answer."""
-    logits = np.asarray(jax.jit(model.decoder.logits)(model.params, np.array([prompt + answer]))[0, len(prompt) - 1 : -1])
+    tokens = np.zeros((1, 256), np.int32)  # one shape for all; what follows does not matter
+    tokens[0, : len(prompt + answer)] = prompt + answer
+    logits = np.asarray(logits_of(model.decoder, model.params, tokens))[0, len(prompt) - 1 :][: len(answer)]
     return np.all(logits[np.arange(len(answer)), answer] > logits.max(axis=-1) - 1e-4)
 
 

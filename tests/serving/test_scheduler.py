@@ -25,7 +25,7 @@ def run(scheduler, requests, rng, accept=0.0):
             assert pages_for(request.num_cached + count) <= len(request.pages)
             touched = range(request.num_cached // PAGE_SIZE, pages_for(request.num_cached + count))
             written.update(request.pages[i] for i in touched)
-            assert not work.from_start or request.num_cached == 0
+            assert work.chunk != "first" or request.num_cached == 0
         assert all(n == 1 and users[page] == 1 for page, n in written.items()), "a page that is written to is shared"
         for request, count in zip(work.requests, work.counts):
             if work.prefill and request.num_cached + count < len(request.tokens):
@@ -51,6 +51,7 @@ def test_every_request_ends(seed):
         PagePool(num_pages),
         max_batch=int(rng.integers(1, 9)),
         max_length=num_pages * PAGE_SIZE,
+        prefill_tokens=128,
         prefill_widths=(16, 64, 128),
         lookahead=1 + seed % 2,
     )
@@ -68,7 +69,7 @@ def test_every_request_ends(seed):
 
 
 def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused():
-    scheduler = Scheduler(PagePool(3), max_batch=4, max_length=1000, prefill_widths=(64,), lookahead=2)
+    scheduler = Scheduler(PagePool(3), max_batch=4, max_length=1000, prefill_tokens=64, prefill_widths=(64,), lookahead=2)
     exact = [Request([1] * 100, SamplingParams(max_new_tokens=92)) for _ in range(3)]
     run(scheduler, exact, np.random.default_rng(0))
     assert all(request.finish_reason == "length" for request in exact)
