@@ -1,0 +1,122 @@
+"""One step: accumulation, non-finite steps, clipping, router bias, moving average, several devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.training import loss, router_bias
+from dsv3_jax.training.schedules import Scheduled
+from dsv3_jax.training.step import Trainer
+
+SCHEDULED = Scheduled(learning_rate=1e-3, mtp_loss_weight=0.3, bias_update_speed=0.01)
+BAD_TOKEN = 299
+
+
+@pytest.fixture(scope="module")
+def setup(micro_model, micro_config):
+    """decoder, config, initial parameters, a batch of 8 rows of which a varying part is to be predicted."""
+    config = micro_config(optimizer=OptimizerConfig(ema_decay=0.9, moment_dtype="float32", clip_norm=0.5))
+    decoder = Decoder(micro_model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, BAD_TOKEN, (8, 33)).astype(np.int32)
+    mask = (np.arange(32) < rng.integers(4, 32, (8, 1))).astype(np.float32)
+    return decoder, config, jax.jit(decoder.init)(jax.random.key(0)), {"tokens": tokens, "loss_mask": mask}
+
+
+def start(trainer, params):
+    return jax.device_put(trainer.init(jax.tree.map(jnp.copy, params)), trainer.shardings)
+
+
+@pytest.fixture(scope="module")
+def whole(setup):
+    """(trainer, state and metrics after one step on the whole batch)."""
+    decoder, config, params, batch = setup
+    trainer = Trainer(decoder, config)
+    return trainer, *trainer.step(start(trainer, params), batch, SCHEDULED)
+
+
+def close(a, b, rtol=1e-4):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, atol=rtol * float(np.abs(np.asarray(y)).max()) + 1e-9, err_msg=jax.tree_util.keystr(path))
+
+
+def test_metrics_and_first_moments_are_the_loss_s(setup, whole):
+    """The step reports `loss_and_terms` of the batch, and its first moments are (1 − β1) times the clipped gradient."""
+    decoder, config, params, batch = setup
+    _, state, metrics = whole
+
+    def total(params):
+        return loss.loss_and_terms(decoder, params, batch, mtp_loss_weight=0.3, balance_loss_weight=config.optimizer.balance_loss_weight)
+
+    (value, terms), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
+    close({name: metrics[name] for name in terms}, terms)
+    gradient, _ = router_bias.split(gradient)
+    norm = np.sqrt(sum(float((g.astype(jnp.float32) ** 2).sum()) for g in jax.tree.leaves(gradient)))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > 0.6  # so that it is clipped, to 0.5
+    close(state.adam.mu, jax.tree.map(lambda g: 0.1 * 0.5 * g / norm, gradient))
+
+
+def test_accumulation_equals_the_whole_batch(setup, whole):
+    """Four microbatches with different numbers of targets: the same loss, terms, load and gradient."""
+    decoder, config, params, batch = setup
+    trainer = Trainer(decoder, dataclasses.replace(config, microbatch_size=2))
+    state, metrics = trainer.step(start(trainer, params), batch, SCHEDULED)
+    close(metrics, whole[2])
+    close(state.adam, whole[1].adam)
+    _, biases = router_bias.split(state.params)
+    close(biases, router_bias.split(whole[1].params)[1])
+
+
+def test_eight_devices_equal_one(setup, whole):
+    """The same step with its batch over data=8."""
+    decoder, config, params, batch = setup
+    trainer = Trainer(decoder, config, meshes.make("data=8"))
+    state, metrics = trainer.step(start(trainer, params), jax.device_put(batch, trainer.batch_sharding), SCHEDULED)
+    close(metrics, whole[2])
+    close(state.adam, whole[1].adam)
+    assert len(state.params["embed"].sharding.device_set) == 8
+
+
+def test_bias_follows_the_load_and_nothing_else(setup, whole):
+    """Once each step, in both MoE layers, by γ and the sign of what is missing to the mean load."""
+    _, state, metrics = whole
+    _, biases = router_bias.split(state.params)
+    moved = np.stack([biases["moe_layers"]["mlp"]["gate"][router_bias.NAME][0], biases["mtp"]["layer"]["mlp"]["gate"][router_bias.NAME]])
+    load = np.asarray(metrics["load"])
+    np.testing.assert_allclose(moved, 0.01 * np.sign(load.mean(1, keepdims=True) - load), rtol=1e-6)
+    assert (moved != 0).any() and load.sum() == 2 * 8 * 32 * 2
+    assert router_bias.NAME not in str(jax.tree.structure(state.adam.mu))  # it has no optimizer
+
+
+def test_moving_average(setup, whole):
+    _, _, params, _ = setup
+    _, state, _ = whole
+    close(state.ema, jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, params, state.params), rtol=1e-6)
+
+
+def test_non_finite_steps_change_nothing_and_are_counted(setup, whole):
+    """A token whose embedding is infinite: its batches are skipped, all state but the counters stays bit for bit."""
+    _, _, params, good = setup
+    trainer = whole[0]
+    params = params | {"embed": params["embed"].at[BAD_TOKEN].set(jnp.inf)}
+    state = start(trainer, params)
+    bad = good | {"tokens": good["tokens"].copy()}
+    bad["tokens"][3, 0] = BAD_TOKEN
+    counts = []
+    for batch in (good, bad, bad, good, bad):
+        before = jax.tree.map(np.asarray, (state.params, state.adam, state.ema))
+        state, metrics = trainer.step(state, batch, SCHEDULED)
+        counts.append((int(state.skipped), int(state.skipped_in_row)))
+        after = jax.tree.map(np.asarray, (state.params, state.adam, state.ema))
+        same = [np.array_equal(a, b, equal_nan=True) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))]
+        assert all(same) if batch is bad else not all(same)
+        assert bool(jnp.isfinite(metrics["loss"])) == (batch is good)
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    assert state.adam.count == 2
