@@ -1,0 +1,92 @@
+"""Which layers a pipeline rank holds, and the way between canonical parameters [L, ...] and what the ranks hold.
+
+The layers are dealt out in order, as evenly as it goes; where they do not divide, the later stages, which also have the head, hold one
+less. All ranks run one program, so a chunk is a row of slots that are the same everywhere: first slots for dense layers, then slots for
+MoE layers, as many as any rank needs. A slot that a rank has no layer for passes its input on.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.schedule import Schedule
+
+NONE = -1
+STACKS = ("dense_layers", "moe_layers")
+
+
+class Slot(NamedTuple):
+    """A place for a layer in a chunk. stack: of the parameter dict; layers: for each rank an index in that stack, or NONE."""
+
+    stack: str
+    layers: tuple[int, ...]
+
+
+Chunks = tuple[tuple[Slot, ...], ...]
+
+
+def place(config: ModelConfig, schedule: Schedule) -> Chunks:
+    """The slots of each chunk. Raises UserError where there are fewer layers than stages."""
+    layers, stages, per_rank = config.num_hidden_layers, schedule.num_stages, schedule.num_stages // schedule.num_ranks
+    if layers < stages:
+        fits = layers // per_rank
+        fits -= fits % 2 if schedule.kind == "dualpipe" else 0
+        raise UserError(
+            f"{schedule.kind} on pipe={schedule.num_ranks} has {stages} stages and the model only {layers} layers: "
+            + (f"use pipe={fits} or less" if fits else "use a schedule with one chunk of layers on a rank, such as zb1p")
+        )
+    ends = np.cumsum([layers // stages + (stage < layers % stages) for stage in range(stages)])
+
+    def held(rank, p, stack):
+        end = ends[stage := schedule.stage(rank, p)]
+        held = range(ends[stage - 1] if stage else 0, end)
+        dense = config.first_k_dense_replace
+        return [i for i in held if i < dense] if stack == "dense_layers" else [i - dense for i in held if i >= dense]
+
+    chunks = []
+    for p in range(schedule.num_chunks):
+        slots = []
+        for stack in STACKS:
+            layers_of = [held(rank, p, stack) for rank in range(schedule.num_ranks)]
+            for j in range(max(map(len, layers_of))):
+                slots.append(Slot(stack, tuple(int(layers[j]) if j < len(layers) else NONE for layers in layers_of)))
+        chunks.append(tuple(slots))
+    return tuple(chunks)
+
+
+def to_slots(stacks: dict, chunks: Chunks) -> tuple[tuple[Any, ...], ...]:
+    """For each slot of each chunk a tree with leaves [ranks, ...], from trees with leaves [L, ...] by stack.
+
+    dualpipe's second chunk is a copy of other ranks' first. A rank without a layer for a slot holds another layer's values there.
+    """
+
+    def take(slot):
+        index = np.maximum(slot.layers, 0)
+        return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), stacks[slot.stack])
+
+    return tuple(tuple(take(slot) for slot in slots) for slots in chunks)
+
+
+def from_slots(trees: tuple[tuple[Any, ...], ...], chunks: Chunks) -> dict:
+    """The transpose of `to_slots`: copies of a layer are summed. Stacks that have no slots are left out."""
+    stacks = {}
+    for stack in STACKS:
+        members = [(slot, tree) for slots, row in zip(chunks, trees) for slot, tree in zip(slots, row) if slot.stack == stack]
+        if not members:
+            continue
+        places: dict[int, list[int]] = {}  # layer -> where it is among the ranks of all slots
+        for place, layer in enumerate(layer for slot, _ in members for layer in slot.layers):
+            places.setdefault(layer, []).append(place)
+        places.pop(NONE, None)
+        copies = np.array([places[layer] for layer in range(len(places))]).T
+
+        def gather(*leaves, copies=copies):
+            joined = jnp.concatenate(leaves)
+            return sum(jnp.take(joined, copy, axis=0) for copy in copies)
+
+        stacks[stack] = jax.tree.map(gather, *[tree for _, tree in members])
+    return stacks

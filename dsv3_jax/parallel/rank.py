@@ -1,0 +1,309 @@
+"""One pipeline rank at work, inside `shard_map`: the scan over the ticks of a schedule's table.
+
+    read what waits in the rings -> switch on the action -> write what it left -> exchange with the neighbours -> write what arrived
+
+The collectives of the experts run inside the switch: devices at the same place of `pipe` do the same, so all members of their groups
+meet. Those over `pipe` stay outside, since neighbours do different things. Rings stay outside as well: carried through the branches they
+would be copied whole; the barrier before the switch keeps the reads from moving into it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel.schedule_table import NONE, Table
+from dsv3_jax.parallel.stage import InputGradient, Stage, Stash, Weights, zeros
+
+# (parameters outside the stacks, hidden [B, S, D] after the last layer, microbatch, arguments) -> (loss, (terms, fill)).
+OutputLoss = Callable[[dict, jax.Array, dict, Any], tuple[jax.Array, tuple[dict, jax.Array]]]
+
+
+class Objective(NamedTuple):
+    """The loss: the mean over `parts` (all microbatches on all devices) of the output loss and of the weighted balance losses."""
+
+    output_loss: OutputLoss
+    arguments: Any
+    balance_weight: jax.Array
+    parts: int
+
+
+class Sums(NamedTuple):
+    """What a rank adds up over the ticks.
+
+    layers: gradients, per chunk and slot a Weights; shared: gradients of the parameters outside the stacks; loss: this rank's part of the
+    whole; terms, fill: of the output loss; stats: per chunk and slot (load [E], balance loss).
+    """
+
+    layers: tuple
+    shared: dict
+    loss: jax.Array
+    terms: dict
+    fill: jax.Array
+    stats: tuple
+
+
+class Rings(NamedTuple):
+    """Values that wait, leaves [slots + 1, ...]; writes to nowhere go to the last slot. Both chunks share a ring."""
+
+    forward: jax.Array  # inputs of stages that have arrived
+    backward: jax.Array  # cotangents of outputs that have arrived; at the last stage its own outputs, which wait for the loss
+    residual: jax.Array  # inputs of stages whose backward is to come
+    stash: Any  # operands of weight gradients
+
+
+class Reads(NamedTuple):
+    """What an action works with."""
+
+    x_BSD: jax.Array  # input of the forward
+    residual_BSD: jax.Array  # input of the stage of the backward
+    dy_BSD: jax.Array  # cotangent, or at the last stage the output itself
+    stash: Any
+    f_batch: dict
+    b_batch: dict
+
+
+class Writes(NamedTuple):
+    """What an action leaves: the output of its forward, the input cotangent of its backward, the stash of an input gradient."""
+
+    y_BSD: jax.Array
+    dx_BSD: jax.Array
+    stash: Any
+
+
+class Rank:
+    """index: of this rank along `pipe`, traced. stages: a Stage for each chunk. shared: parameters outside the stacks, float32 masters.
+    microbatches: leaves [count, B, ...], this device's."""
+
+    def __init__(self, decoder: Decoder, table: Table, index: jax.Array, stages, shared: dict, microbatches: dict, objective: Objective):
+        self.decoder, self.table, self.index, self.stages = decoder, table, index, stages
+        self.shared, self.microbatches, self.objective = shared, microbatches, objective
+        self.share = 1 / objective.parts
+        ranks, schedule = range(table.schedule.num_ranks), table.schedule
+        # The rank where chunk p is the first stage, the last stage; where it takes its input, or its cotangent, from the rank itself.
+        chunks = range(schedule.num_chunks)
+        self.first = [_only(r for r in ranks if schedule.producer(r, p) is None) for p in chunks]
+        self.last = [_only(r for r in ranks if schedule.consumer(r, p) is None) for p in chunks]
+        self.turns_down = [_only(r for r in ranks if (schedule.producer(r, p) or (None,))[0] == r) for p in chunks]
+        self.turns_up = [_only(r for r in ranks if (schedule.consumer(r, p) or (None,))[0] == r) for p in chunks]
+
+    def run(self) -> Sums:
+        """All ticks."""
+        rings, sums = self._start()
+        branches = [self._branch(name) for name in self.table.actions]
+        columns = {name: jnp.asarray(column)[:, self.index] for name, column in _columns(self.table).items()}
+        (_, sums), _ = lax.scan(lambda carry, row: (self._tick(branches, *carry, row), None), (rings, sums), columns)
+        return sums
+
+    def _start(self) -> tuple[Rings, Sums]:
+        """Empty rings and sums."""
+        table, batch = self.table, self._microbatch(0)
+        x_BSD = self.decoder.embed(self.shared, batch["tokens"][:, :-1])
+        gradients = [jax.eval_shape(lambda x, p=p: self._backward_input(p, x, x, batch), x_BSD) for p in range(len(self.stages))]
+        # The stash of either chunk: of each stack as many layers as the longer one has.
+        self._stash_of = {}
+        for stage, gradient in zip(self.stages, gradients):
+            for stack, stashes in _by_stack(stage, gradient.stash).items():
+                self._stash_of[stack] = max(self._stash_of.get(stack, []), stashes, key=len)
+
+        def ring(slots, like):
+            return jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape), leaf.dtype), like)
+
+        rings = Rings(
+            forward=ring(sum(table.forward_slots), x_BSD),
+            backward=ring(sum(table.backward_slots), x_BSD),
+            residual=ring(table.residual_slots, x_BSD),
+            stash=ring(table.stash_slots, self._stash_of),
+        )
+        float32 = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
+        _, (terms, fill) = jax.eval_shape(self._output_loss, self.shared, x_BSD, batch)
+        layers = tuple(tuple(Weights(layer.weights.small, layer.shapes) for layer in stage.layers) for stage in self.stages)
+        stats = tuple(tuple(s[:2] for s in gradient.stats) for gradient in gradients)
+        return rings, float32(Sums(layers, self.shared, fill, terms, fill, stats))
+
+    def _tick(self, branches, rings: Rings, sums: Sums, row: dict) -> tuple[Rings, Sums]:
+        f_batch, b_batch = self._microbatch(row["f_microbatch"]), self._microbatch(row["b_microbatch"])
+        x_BSD = jnp.where(row["f_first"], self.decoder.embed(self.shared, f_batch["tokens"][:, :-1]), _read(rings.forward, row["f_input"]))
+        residual_BSD, dy_BSD = _read(rings.residual, row["b_residual"]), _read(rings.backward, row["b_input"])
+        reads = Reads(x_BSD, residual_BSD, dy_BSD, _read(rings.stash, row["w_stash"]), f_batch, b_batch)
+        reads, rings = lax.optimization_barrier((reads, rings))
+        writes, sums = lax.switch(row["action"], branches, reads, sums)
+
+        forward, backward = rings.forward, rings.backward
+        for p, (arrived, cotangent) in enumerate(self._exchange(writes)):
+            forward = _write(forward, row["keep_forward"][p], arrived)
+            backward = _write(backward, row["keep_backward"][p], cotangent)
+        residual, stash = _write(rings.residual, row["f_residual"], reads.x_BSD), _write(rings.stash, row["b_stash"], writes.stash)
+        return Rings(forward, backward, residual, stash), sums
+
+    def _exchange(self, writes: Writes) -> list[tuple[jax.Array, jax.Array]]:
+        """For each chunk the input of its forward and the cotangent of its output that come from where the schedule says."""
+        y, dx = writes.y_BSD, writes.dx_BSD
+        ranks = self.table.schedule.num_ranks
+        down, up = [(r, r + 1) for r in range(ranks - 1)], [(r + 1, r) for r in range(ranks - 1)]
+        if len(self.stages) == 1:
+            arrived = [(lax.ppermute(y, "pipe", down), lax.ppermute(dx, "pipe", up))]
+        else:
+            both = jnp.stack([y, dx])
+            from_above, from_below = lax.ppermute(both, "pipe", down), lax.ppermute(both, "pipe", up)
+            arrived = [(from_above[0], from_below[1]), (from_below[0], from_above[1])]
+
+        def own(rank, value, otherwise):
+            return otherwise if rank is None else jnp.where(self.index == rank, value, otherwise)
+
+        return [
+            (own(self.turns_down[p], y, x), own(self.last[p], y, own(self.turns_up[p], dx, cotangent)))
+            for p, (x, cotangent) in enumerate(arrived)
+        ]
+
+    # Actions.
+
+    def _branch(self, name: str):
+        """The function of (reads, sums) of an action: its letters, each with the chunk it is for."""
+        parts = [] if name == "idle" else [(name[i], int(name[i + 1])) for i in range(0, len(name), 2)]
+
+        def run(reads: Reads, sums: Sums) -> tuple[Writes, Sums]:
+            nothing = jnp.zeros_like(reads.x_BSD)
+            y_BSD = dx_BSD = nothing
+            stash = zeros(self._stash_of)
+            for letter, p in parts:
+                with jax.named_scope(f"{letter}{p}"):
+                    if letter == "F":
+                        y_BSD = self.stages[p].forward(reads.x_BSD, self._positions(reads.f_batch))
+                    elif letter == "W":
+                        sums = self._add_weight_gradients(p, sums, self._unpooled(p, reads.stash))
+                    else:
+                        dx_BSD, left, sums = self._backward(p, reads, sums)
+                        if letter == "I":
+                            stash = self._pooled(p, left)
+                        else:
+                            sums = self._add_weight_gradients(p, sums, left)
+            return Writes(y_BSD, dx_BSD, stash), sums
+
+        return run
+
+    def _backward(self, p: int, reads: Reads, sums: Sums) -> tuple[jax.Array, tuple[Stash, ...], Sums]:
+        """The gradient of a stage's input, and with it those of the small weights, of the output loss and of the embedding."""
+        batch, dy_BSD = reads.b_batch, reads.dy_BSD
+        if self.last[p] is not None:
+            skip = lambda dy, batch, sums: (dy, sums)  # noqa: E731
+            dy_BSD, sums = lax.cond(self.index == self.last[p], self._backward_of_loss, skip, dy_BSD, batch, sums)
+        gradient = self._backward_input(p, reads.residual_BSD, dy_BSD, batch)
+        layers = tuple(total._replace(small=_add(total.small, small)) for total, small in zip(sums.layers[p], gradient.small, strict=True))
+        stats = tuple(_add(total, found[:2]) for total, found in zip(sums.stats[p], gradient.stats, strict=True))
+        balance = sum(found.balance_loss for found in gradient.stats)
+        sums = sums._replace(
+            layers=_put(sums.layers, p, layers),
+            stats=_put(sums.stats, p, stats),
+            loss=sums.loss + self.share * self.objective.balance_weight * balance,
+            fill=jnp.max(jnp.stack([sums.fill, *(found.fill for found in gradient.stats)])),
+        )
+        if self.first[p] is not None:
+            tokens_BS, embed = batch["tokens"][:, :-1], sums.shared["embed"]
+            nowhere = jnp.where(self.index == self.first[p], tokens_BS, len(embed))
+            embed = embed.at[nowhere].add(gradient.dx_BSD.astype(embed.dtype), mode="drop")
+            sums = sums._replace(shared={**sums.shared, "embed": embed})
+        return gradient.dx_BSD, gradient.stash, sums
+
+    def _backward_of_loss(self, hidden_BSD: jax.Array, batch: dict, sums: Sums) -> tuple[jax.Array, Sums]:
+        run = jax.value_and_grad(self._output_loss, argnums=(0, 1), has_aux=True)
+        (loss, (terms, fill)), (d_shared, dy_BSD) = run(self.shared, hidden_BSD, batch)
+        sums = sums._replace(
+            shared=_add(sums.shared, d_shared), loss=sums.loss + loss, terms=_add(sums.terms, terms), fill=jnp.maximum(sums.fill, fill)
+        )
+        return dy_BSD, sums
+
+    def _output_loss(self, shared, hidden_BSD, batch):
+        loss, others = self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments)
+        return self.share * loss, others
+
+    def _backward_input(self, p: int, residual_BSD, dy_BSD, batch: dict) -> InputGradient:
+        weight = self.share * self.objective.balance_weight
+        return self.stages[p].backward_input(residual_BSD, self._positions(batch), dy_BSD, weight)
+
+    def _add_weight_gradients(self, p: int, sums: Sums, stash: tuple[Stash, ...]) -> Sums:
+        large = self.stages[p].add_weight_gradients(tuple(total.large for total in sums.layers[p]), stash)
+        layers = tuple(total._replace(large=new) for total, new in zip(sums.layers[p], large, strict=True))
+        return sums._replace(layers=_put(sums.layers, p, layers))
+
+    # The stash of a chunk in the form that both chunks share.
+
+    def _pooled(self, p: int, stash: tuple[Stash, ...]) -> dict:
+        of_chunk = _by_stack(self.stages[p], stash)
+        return {stack: [*(have := of_chunk.get(stack, [])), *zeros(all_[len(have) :])] for stack, all_ in self._stash_of.items()}
+
+    def _unpooled(self, p: int, pool: dict) -> tuple[Stash, ...]:
+        waiting = {stack: iter(stashes) for stack, stashes in pool.items()}
+        return tuple(next(waiting[layer.stack]) for layer in self.stages[p].layers)
+
+    # Batches.
+
+    def _microbatch(self, index) -> dict:
+        return {name: _read(leaf, index) for name, leaf in self.microbatches.items()}
+
+    def _positions(self, batch: dict):
+        where = (batch[name][:, :-1] if name in batch else None for name in ("positions", "segment_ids"))
+        return self.decoder.positions(batch["tokens"][:, :-1], *where)
+
+
+def _columns(table: Table) -> dict[str, np.ndarray]:
+    """The table's columns [ticks, ranks, ...] with places in rings of both chunks, nowhere being their last slot."""
+    chunk = np.arange(table.schedule.num_chunks)
+    of_actions = np.array([[int(name[name.index(letter) + 1]) if letter in name else 0 for name in _letters(table)] for letter in "FB"])
+    f_chunk, b_chunk = of_actions[:, table.action]
+    forward_first, backward_first = (np.cumsum([0, *slots])[:-1] for slots in (table.forward_slots, table.backward_slots))
+
+    def place(slot, offset, slots):
+        return np.where(slot == NONE, slots, slot + offset).astype(np.int32)
+
+    forward_slots, backward_slots = sum(table.forward_slots), sum(table.backward_slots)
+    return {
+        "action": table.action,
+        "f_microbatch": np.maximum(table.f_microbatch, 0),
+        "b_microbatch": np.maximum(table.b_microbatch, 0),
+        "f_first": (table.f_input == NONE) & (table.f_microbatch != NONE),
+        "f_input": place(table.f_input, forward_first[f_chunk], forward_slots),
+        "b_input": place(table.b_input, backward_first[b_chunk], backward_slots),
+        "f_residual": place(table.f_residual, 0, table.residual_slots),
+        "b_residual": place(table.b_residual, 0, table.residual_slots),
+        "b_stash": place(table.b_stash, 0, table.stash_slots),
+        "w_stash": place(table.w_stash, 0, table.stash_slots),
+        "keep_forward": place(table.keep_forward, forward_first[chunk], forward_slots),
+        "keep_backward": place(table.keep_backward, backward_first[chunk], backward_slots),
+    }
+
+
+def _letters(table: Table) -> list[str]:
+    """The actions, an input gradient counting as the backward it is the first half of."""
+    return [name.replace("I", "B") for name in table.actions]
+
+
+def _by_stack(stage: Stage, stash: tuple[Stash, ...]) -> dict[str, list[Stash]]:
+    stacks: dict[str, list[Stash]] = {}
+    for layer, one in zip(stage.layers, stash, strict=True):
+        stacks.setdefault(layer.stack, []).append(one)
+    return stacks
+
+
+def _only(ranks) -> int | None:
+    return next(iter(ranks), None)
+
+
+def _read(ring: Any, slot: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), ring)
+
+
+def _write(ring: Any, slot: jax.Array, value: Any) -> Any:
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), ring, value)
+
+
+def _add(total: Any, more: Any) -> Any:
+    return jax.tree.map(jnp.add, total, more)
+
+
+def _put(items: tuple, index: int, item: Any) -> tuple:
+    return (*items[:index], item, *items[index + 1 :])
