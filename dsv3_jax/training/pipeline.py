@@ -1,0 +1,57 @@
+"""The loss of training/loss.py and its gradients, computed by a pipeline (parallel/executor.py)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import executor
+from dsv3_jax.parallel.schedule import Schedule
+from dsv3_jax.training import loss
+
+
+def pipeline_value_and_grad(
+    decoder: Decoder,
+    params: dict,
+    batch: dict,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    mtp_loss_weight: Any,
+    balance_loss_weight: Any,
+) -> tuple[jax.Array, dict, dict]:
+    """(loss, terms, gradients): what `jax.value_and_grad` of `loss.loss_and_terms` gives for the whole batch on one device.
+
+    To be called inside `jax.jit`; arguments and errors as of `executor.value_and_grad`.
+    """
+    parts = schedule.num_microbatches * (mesh.size // schedule.num_ranks)
+    over = jax.tree.map(lambda n: n / parts, loss.num_targets(batch))
+
+    def output_loss(params, hidden_BSD, microbatch, arguments):
+        over, mtp_weight, balance_weight = arguments
+        main, mtp, stats = loss.after_layers(decoder, params, hidden_BSD, microbatch, over)
+        balance, fill = (jnp.sum(x) for x in (stats.balance_loss, stats.fill))
+        terms = {"main": main, "mtp": mtp, "balance": balance, "load": stats.load_E}
+        return main + mtp_weight * mtp + balance_weight * balance, (terms, fill)
+
+    result = executor.value_and_grad(
+        decoder,
+        params,
+        batch,
+        schedule,
+        mesh,
+        output_loss,
+        balance_weight=balance_loss_weight,
+        arguments=jax.tree.map(jnp.asarray, (over, mtp_loss_weight, balance_loss_weight)),
+    )
+    layers, head = result.stats, result.terms
+    terms = {
+        "main": head["main"] / parts,
+        "mtp": head["mtp"] / parts,
+        "balance": (jnp.sum(layers.balance_loss) + head["balance"]) / parts,
+        "fill": layers.fill,
+        "load": jnp.concatenate([layers.load_E, head["load"]]),
+    }
+    return result.loss, terms, result.gradients

@@ -1,0 +1,140 @@
+"""The pipeline executor against one device (compare_schedules.py, in processes of its own, so that a deadlock is a failure), and what it
+refuses."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.parallel import placement
+from dsv3_jax.parallel.schedule import KINDS, build
+from dsv3_jax.training.pipeline import pipeline_value_and_grad
+
+ROOT = Path(__file__).parents[2]
+SMALL = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    num_hidden_layers=7,
+    intermediate_size=16,
+    num_attention_heads=2,
+    q_lora_rank=None,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    first_k_dense_replace=2,
+    moe_intermediate_size=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    rope_scaling=None,
+)
+
+
+def compare(precision: str, *cases: str) -> list[dict]:
+    command = [sys.executable, "tests/parallel/compare_schedules.py", precision, *cases]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["case"] for row in rows] == list(cases)
+    return rows
+
+
+def check(rows: list[dict], tolerance: float) -> None:
+    for row in rows:
+        assert row["loss"] < tolerance and row["gradient"] < tolerance and row["load"] == 0, row
+
+
+def test_dualpipev_with_experts_is_one_device():
+    check(compare("float64", "dualpipev:pipe=2,expert=2"), 1e-9)
+
+
+def _cases():
+    for kind, pipe in itertools.product(KINDS, (2, 4, 8)):
+        spread = [(e, d) for e, d in itertools.product((1, 2, 4), (1, 2)) if pipe * e * d <= 8]
+        yield pytest.param([f"{kind}:data={d},pipe={pipe},expert={e}" for e, d in spread], id=f"{kind}-{pipe}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", list(_cases()))
+def test_every_schedule_is_one_device(cases):
+    check(compare("float64", *cases), 1e-9)
+
+
+@pytest.mark.slow
+def test_float32():
+    check(compare("float32", *(f"{kind}:pipe=2,expert=2" for kind in KINDS)), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_layers_have_one_place_in_order(kind, ranks):
+    if (kind == "dualpipe" and ranks % 2) or (kind == "dualpipev" and ranks == 4):
+        return
+    schedule = build(kind, num_ranks=ranks, num_microbatches=2 * ranks)
+    chunks = placement.place(SMALL, schedule)
+    copies = 2 if kind == "dualpipe" else 1
+    for direction in range(copies):
+        way = []
+        for stage in range(schedule.num_stages):
+            [(rank, p)] = [
+                (r, p)
+                for r in range(ranks)
+                for p in range(schedule.num_chunks)
+                if schedule.stage(r, p) == stage and (copies == 1 or p == direction)
+            ]
+            held = [(slot.stack, slot.layers[rank]) for slot in chunks[p] if slot.layers[rank] != placement.NONE]
+            assert len(held) in (7 // schedule.num_stages, -(-7 // schedule.num_stages))
+            way += held
+        assert way == [("dense_layers", 0), ("dense_layers", 1), *(("moe_layers", i) for i in range(5))]
+
+
+@pytest.mark.parametrize("kind", ["zb1p", "dualpipe", "dualpipev"])
+def test_placement_and_back(kind):
+    chunks = placement.place(SMALL, build(kind, num_ranks=2, num_microbatches=4))
+    stacks = {"dense_layers": {"w": jnp.arange(2.0)}, "moe_layers": {"w": jnp.arange(10.0).reshape(5, 2)}}
+    there = placement.to_slots(stacks, chunks)
+    # What a rank holds in a slot without a layer never reaches the parameters.
+    masked = tuple(
+        tuple(
+            {"w": jnp.where((np.array(slot.layers) == placement.NONE).reshape(-1, *[1] * (tree["w"].ndim - 1)), 1e9, tree["w"])}
+            for slot, tree in zip(*row)
+        )
+        for row in zip(chunks, there)
+    )
+    copies = 2 if kind == "dualpipe" else 1
+    back = placement.from_slots(masked, chunks)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, copies * b)), back, stacks))
+
+
+@pytest.mark.parametrize(
+    "kind, ranks, rows, message",
+    [
+        ("zb1p", 8, 16, r"zb1p on pipe=8 has 8 stages and the model only 7 layers: use pipe=7 or less"),
+        ("dualpipev", 4, 8, r"8 stages and the model only 7 layers: use pipe=3 or less"),
+        ("dualpipe", 8, 16, r"8 stages and the model only 7 layers: use pipe=6 or less"),
+        ("zb1p", 2, 7, r"7 rows do not split into 4 microbatches on 1 devices of a rank each: use 8"),
+    ],
+)
+def test_refused_before_any_compile(kind, ranks, rows, message):
+    decoder = Decoder(SMALL)
+    schedule = build(kind, num_ranks=ranks, num_microbatches=2 * ranks)
+    mesh = meshes.make(f"pipe={ranks}", jax.devices()[:ranks])
+    batch = {"tokens": jax.ShapeDtypeStruct((rows, 9), jnp.int32)}
+    run = lambda params, batch: pipeline_value_and_grad(  # noqa: E731
+        decoder, params, batch, schedule, mesh, mtp_loss_weight=0.1, balance_loss_weight=0.1
+    )
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(run, decoder.abstract_params(), batch)
