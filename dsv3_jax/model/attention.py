@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
+from dsv3_jax.model.fused_attention import causal_attention
 from dsv3_jax.model.module import Module, ones, rms_norm, weight
 from dsv3_jax.precision import Recipe
 from pallas_kernels.mla_decode import mla_append, mla_decode
@@ -89,7 +90,7 @@ class MLA(Module):
     def attend(self, q_BSHd: jax.Array, latent_BSC: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array:
         """Materialise keys and values of the latents and attend causally: -> [B, S, H, V]."""
         k, v = self.materialise(latent_BSC)
-        return checkpoint_name(causal_attention(q_BSHd, k, v, rope.softmax_scale(self.config), segment_ids_BS), "attention")
+        return causal_attention(q_BSHd, k, v, rope.softmax_scale(self.config), segment_ids_BS)
 
     def materialise(self, latent_BSC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys [B, S, H, N+R] and values [B, S, H, V] of latents [B, S, C+R]."""
@@ -171,15 +172,3 @@ class MLA(Module):
         )
         attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, w_uv_HVC, precision=precision)
         return self.output(attended_BSHV), pages
-
-
-def causal_attention(q_BSHd, k_BSHd, v_BSHV, scale: float, segment_ids_BS: jax.Array | None) -> jax.Array:
-    """softmax(q kᵀ scale) v over earlier tokens of the same segment, softmax in float32. -> [B, S, H, V] in v's dtype."""
-    precision = jax.lax.Precision.HIGHEST if v_BSHV.dtype == jnp.float32 else None
-    scores = jnp.einsum("bshd,bthd->bhst", q_BSHd, k_BSHd, precision=precision, preferred_element_type=jnp.float32) * scale
-    length = q_BSHd.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))
-    if segment_ids_BS is not None:
-        mask = mask & (segment_ids_BS[:, None, :, None] == segment_ids_BS[:, None, None, :])
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v_BSHV.dtype)
-    return jnp.einsum("bhst,bthv->bshv", weights, v_BSHV, precision=precision)
