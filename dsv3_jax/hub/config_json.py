@@ -6,6 +6,7 @@ YaRN is written down (`rope_scaling`, or `rope_parameters` in files of transform
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 from dsv3_jax.config import ModelConfig, RopeScaling
@@ -70,6 +71,10 @@ def parse(values: dict, where: str | Path = "config.json") -> ModelConfig:
     if missing := sorted(fields - given.keys() - absent.keys()):
         raise UserError(f"{where} lacks {', '.join(missing)}: use the config.json that came with the model")
     made = absent | {name: value for name, value in given.items() if name in fields}
+    for name, kind in typing.get_type_hints(ModelConfig).items():
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        if made[name] not in choices if choices else not isinstance(made[name], int | float | RopeScaling | None):
+            raise UserError(f"{where}: {name}={made[name]!r} is not supported: {' or '.join(map(repr, choices or ['a number']))} is")
     try:
         return ModelConfig(**made)
     except UserError as error:

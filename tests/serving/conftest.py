@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.hub.load import load
+from dsv3_jax.hub import load
 from dsv3_jax.model import Decoder
 
 MODELS = Path(__file__).parents[1] / "data" / "models"

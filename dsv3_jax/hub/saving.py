@@ -23,19 +23,22 @@ def save(model: Any, directory: str | Path, *, precision: str = "bfloat16") -> N
 
     precision: "float32", "bfloat16", or "fp8" as released: 128x128 blocks with scales amax / 448; weights that the model holds in FP8
     keep their codes and scales. MTP layer, tokenizer and chat template included. An interrupted save has no config.json.
-    Raises UserError where the directory is not empty or a parameter is missing or wrongly shaped.
+    Raises UserError where the directory is not empty or cannot be written, or a parameter is missing or wrongly shaped.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty: give a new directory to save into")
-    save_weights(model.config, model.params, directory, precision)
-    if model.tokenizer is not None:
-        model.tokenizer.save(directory)
-    generation = {"_from_model_config": True, "bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-    _write_json(directory / "generation_config.json", {name: value for name, value in generation.items() if value is not None})
-    _write_json(directory / "config.json", config_json.render(model.config, precision))
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is not an empty directory: give a new one to save into")
+    try:
+        save_weights(model.config, model.params, directory, precision)
+        if model.tokenizer is not None:
+            model.tokenizer.save(directory)
+        generation = {"_from_model_config": True, "bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+        _write_json(directory / "generation_config.json", {name: value for name, value in generation.items() if value is not None})
+        _write_json(directory / "config.json", config_json.render(model.config, precision))  # last: without it nothing loads
+    except OSError as error:
+        raise UserError(f"cannot write into {directory} ({error.strerror}): make room or rights there and give a new directory") from error
 
 
 def save_weights(config: ModelConfig, params: dict, directory: Path, precision: str) -> None:
