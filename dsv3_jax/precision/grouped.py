@@ -1,15 +1,38 @@
-"""Grouped products in plain JAX, as fast as batched products allow.
+"""Unquantised grouped products: JAX's Pallas kernels for bfloat16 on Hopper, plain JAX elsewhere, chosen here and nowhere else.
 
 `lax.ragged_dot` computes every row against every group on CPU (12 times the time of the useful work at 8 groups, measured) and
-reaches a quarter of the card on Hopper. Here rows are laid out in blocks that belong to one group each, at most one partial block
+reaches a quarter of the card on Hopper. In plain JAX rows are laid out in blocks that belong to one group each, at most one partial block
 a group, and a batched product runs over blocks.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from dsv3_jax.precision import grouped_hopper
+from dsv3_jax.precision.recipe import Recipe
+from pallas_kernels.platform import dispatch
 
 _BLOCK_ROWS = 128
+
+
+def grouped_matmul(x_RK: jax.Array, w: jax.Array, group_sizes_E: jax.Array, recipe: Recipe, *, transposed: bool = True) -> jax.Array:
+    """Rows sorted by group times their group's weight: x wᵀ with w [E, N, K], or x w with w [E, K, N] if not transposed -> [R, N].
+
+    Rows past the last group give zeros.
+    """
+    return _run("grouped_matmul", x_RK, w, group_sizes_E, recipe, transposed=transposed)
+
+
+def grouped_matmul_weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array, recipe: Recipe) -> jax.Array:
+    """Per group dyᵀ x, float32 [E, N, K]. On Hopper rounded to bfloat16 once, at its end. Rows past the last group must be finite."""
+    return _run("grouped_matmul_weight_gradient", x_RK, dy_RN, group_sizes_E, recipe)
+
+
+def _run(op, a, b, group_sizes_E, recipe, **options):
+    if recipe.compute_dtype == jnp.float32:
+        return _PLAIN[op](a, b, group_sizes_E, precision=recipe.product_precision, **options)
+    options |= {"hopper": getattr(grouped_hopper, op), "reference": _PLAIN[op], "num_sms": recipe.num_sms}
+    return dispatch(op, None, a, b, group_sizes_E, **options)
 
 
 def _blocks(group_sizes_E, num_rows):
@@ -33,22 +56,19 @@ def _to_blocks(x_RK, slot_R, num_blocks, block_rows):
     return padded.reshape(num_blocks, block_rows, -1)
 
 
-def grouped_matmul(
-    x_RK: jax.Array, w_ENK: jax.Array, group_sizes_E: jax.Array, precision: lax.Precision = lax.Precision.DEFAULT
-) -> jax.Array:
-    """[R, K] rows sorted by group times their group's [N, K] weight, transposed -> [R, N]; rows past the last group give zeros."""
+def _matmul(x_RK, w, group_sizes_E, *, transposed, precision=None, num_sms=None):
     slot_R, group_of_block, num_blocks, block_rows = _blocks(group_sizes_E, x_RK.shape[0])
     x_blocks = _to_blocks(x_RK, slot_R, num_blocks, block_rows)
-    y_blocks = jnp.einsum("bmk,bnk->bmn", x_blocks, w_ENK[group_of_block], precision=precision)
+    y_blocks = jnp.einsum("bmk,bnk->bmn" if transposed else "bmk,bkn->bmn", x_blocks, w[group_of_block], precision=precision)
     return y_blocks.reshape(num_blocks * block_rows, -1).at[slot_R].get(mode="fill", fill_value=0)
 
 
-def grouped_matmul_weight_gradient(
-    x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array, precision: lax.Precision = lax.Precision.DEFAULT
-) -> jax.Array:
-    """Per group dyᵀ x, float32 [E, N, K]."""
+def _weight_gradient(x_RK, dy_RN, group_sizes_E, *, precision=None, num_sms=None):
     slot_R, group_of_block, num_blocks, block_rows = _blocks(group_sizes_E, x_RK.shape[0])
     x_blocks = _to_blocks(x_RK, slot_R, num_blocks, block_rows)
     dy_blocks = _to_blocks(dy_RN, slot_R, num_blocks, block_rows)
     dw_blocks = jnp.einsum("bmn,bmk->bnk", dy_blocks, x_blocks, precision=precision, preferred_element_type=jnp.float32)
     return jax.ops.segment_sum(dw_blocks, group_of_block, group_sizes_E.shape[0], indices_are_sorted=True)
+
+
+_PLAIN = {"grouped_matmul": _matmul, "grouped_matmul_weight_gradient": _weight_gradient}

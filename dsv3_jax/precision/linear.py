@@ -113,14 +113,14 @@ def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
     return fp8.Product(recipe, scales, parts, width, master, out_dtype), w
 
 
-def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype):
-    """w: [..., N, K] -> [T, N] with all leading axes (but the experts') in N."""
-    precision = recipe.product_precision
+def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, *, transposed=True):
+    """x wᵀ, or x w if not transposed; all leading axes of w (but the experts') belong to its rows."""
+    w = w.astype(recipe.compute_dtype)
     if group_sizes_E is None:
-        w_NK = w.astype(recipe.compute_dtype).reshape(-1, w.shape[-1])
-        return jnp.einsum("tk,nk->tn", x_TK, w_NK, precision=precision, preferred_element_type=out_dtype)
-    w_ENK = w.astype(recipe.compute_dtype).reshape(w.shape[0], -1, w.shape[-1])
-    return grouped_matmul(x_TK, w_ENK, group_sizes_E, precision).astype(out_dtype)
+        axes, w = "tk,nk->tn" if transposed else "tk,kn->tn", w.reshape(-1, w.shape[-1])
+        return jnp.einsum(axes, x_TK, w, precision=recipe.product_precision, preferred_element_type=out_dtype)
+    w = w.reshape(w.shape[0], -1, w.shape[-1])
+    return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -135,8 +135,7 @@ def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
 def _product_bwd(recipe, out_dtype, saved, dy_TN):
     x_TK, w, group_sizes_E, tapped = saved
     dy_TN = dy_TN.astype(recipe.compute_dtype)
-    merged = w.reshape(*([-1] if group_sizes_E is None else [w.shape[0], -1]), w.shape[-1])
-    dx_TK = _multiply(dy_TN, jnp.swapaxes(merged, -1, -2), group_sizes_E, recipe, recipe.compute_dtype)
+    dx_TK = _multiply(dy_TN, w, group_sizes_E, recipe, recipe.compute_dtype, transposed=False)
     stash = Tap(x_TK, dy_TN)
     if tapped is not None:
         return dx_TK, jnp.zeros_like(w), None, stash

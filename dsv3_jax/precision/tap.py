@@ -50,11 +50,11 @@ def weight_gradient(stash: Tap, w_shape: tuple[int, ...], group_sizes_E: jax.Arr
             dw = grouped_fp8_wgrad(stash.dy, stash.x, group_sizes_E, **options)
         lead = dw.shape[:-2]
         return dw.reshape(*lead, parts, -1, k)[..., :n, :].reshape(w_shape)
-    precision = recipe.product_precision
     if group_sizes_E is None:
+        precision = recipe.product_precision
         dw = jnp.einsum("tn,tk->nk", stash.dy, stash.x, precision=precision, preferred_element_type=jnp.float32)
     else:
-        dw = grouped_matmul_weight_gradient(stash.x, stash.dy, group_sizes_E, precision)
+        dw = grouped_matmul_weight_gradient(stash.x, stash.dy, group_sizes_E, recipe)
     return dw.reshape(w_shape)
 
 

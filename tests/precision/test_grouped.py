@@ -1,0 +1,91 @@
+"""Grouped products: plain JAX and JAX's Hopper kernels in the GPU interpreter, against float64; and what a GPU gets."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.precision import BF16, FLOAT32, grouped, grouped_hopper, grouped_linear
+from pallas_kernels import aot
+
+SIZES = [100, 0, 43]  # of 150 rows: the last seven belong to no group
+ROWS, EXPERTS, N, K = 150, 3, 72, 136
+
+
+def operands(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, dy = (jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, ((ROWS, K), (EXPERTS, N, K), (ROWS, N))))
+    return x, w, dy, jnp.array(SIZES, jnp.int32)
+
+
+def f64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def exact(x, w, dy):
+    y, dx, dw = np.zeros((ROWS, N)), np.zeros((ROWS, K)), np.zeros((EXPERTS, N, K))
+    for e, end in enumerate(np.cumsum(SIZES)):
+        rows = slice(end - SIZES[e], end)
+        y[rows], dx[rows], dw[e] = f64(x[rows]) @ f64(w[e]).T, f64(dy[rows]) @ f64(w[e]), f64(dy[rows]).T @ f64(x[rows])
+    return y, dx, dw
+
+
+def near(ours, expected, bound):
+    assert ours.shape == expected.shape
+    assert np.linalg.norm(f64(ours) - expected) < bound * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("recipe, bound", [(FLOAT32, 1e-6), (BF16, 2.0**-8)])
+def test_plain_products(recipe, bound):
+    x, w, dy, sizes = operands(recipe.compute_dtype)
+    y, dx, dw = exact(x, w, dy)
+    near(grouped.grouped_matmul(x, w, sizes, recipe), y, bound)
+    near(grouped.grouped_matmul(dy, w, sizes, recipe, transposed=False), dx, bound)
+    near(grouped.grouped_matmul_weight_gradient(x, dy, sizes, recipe), dw, 1e-6)
+
+
+@pytest.mark.parametrize("product", ["y", "dx", "dw"])
+def test_hopper_kernels_in_the_interpreter(product):
+    x, w, dy, sizes = operands(jnp.bfloat16)
+    expected = dict(zip(("y", "dx", "dw"), exact(x, w, dy)))[product]
+    options = {"num_sms": 2, "interpret": plgpu.InterpretGPUParams()}
+    if product == "y":
+        ours = grouped_hopper.grouped_matmul(x, w, sizes, transposed=True, **options)
+    elif product == "dx":
+        ours = grouped_hopper.grouped_matmul(dy, w, sizes, transposed=False, **options)
+    else:
+        ours = grouped_hopper.grouped_matmul_weight_gradient(x, dy, sizes, **options)
+    near(ours, expected, 2.0**-8)
+    if product != "dw":
+        assert not np.any(f64(ours[sum(SIZES) :]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(recipe, x, w, dy, sizes):
+    y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, sizes, recipe=recipe), x, w)
+    return y, *vjp(dy)
+
+
+def specs(f=256):
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    return shape(512, 384), shape(4, 2, f, 384, dtype=jnp.float32), shape(512, 2 * f), shape(4, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("num_sms", [132, 112])
+def test_a_gpu_gets_the_kernels_with_the_sms_it_is_given(num_sms):
+    """Fails when JAX moves or changes its example kernels."""
+    text = step.trace(dataclasses.replace(BF16, num_sms=num_sms), *specs()).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 3
+    jaxpr = str(jax.make_jaxpr(step, static_argnums=0)(dataclasses.replace(BF16, num_sms=num_sms), *specs()))
+    assert jaxpr.count(f"grid=({num_sms},)") == 3
+
+
+@pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
+def test_the_kernels_compile_to_machine_code_without_spills():
+    with aot.kernels_compiled() as kernels:
+        step.lower(BF16, *aot.on_h200(specs())).compile()
+    assert len(kernels) == 3 and all(kernel.spilled_bytes == 0 and not kernel.serialized for kernel in kernels)
