@@ -28,7 +28,6 @@ ROWS = 8  # TMA fills SMEM in the 8-row tiles that WGMMA reads, so a row tile be
 WAVE = 64  # rows of one WGMMA
 SMEM_BYTES = 232448  # of one SM
 REDUCTION_SCRATCH = 512
-MATH_REGISTERS, LOAD_REGISTERS = 208, 88  # with 232/40 ptxas spills at the largest tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,11 @@ class Config:
         """Columns that certainly share one scale of `b`, if its blocks are 128 wide; the whole width where that would be too narrow."""
         common = math.gcd(self.wave_cols, BLOCK)
         return common if common >= 32 or common == self.wave_cols else self.wave_cols
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that multiplies and of one that loads, where two warpgroups multiply: what ptxas does not spill with."""
+        return (216, 72) if self.wave_cols == 192 else (208, 88)
 
     def staged(self, dtype) -> int:
         """Columns of the output that are staged in SMEM at a time: 128 bytes where the tile allows it."""
@@ -133,7 +137,7 @@ def block_scaled_gemm(config: Config, problem: Problem, a, b, *, table=None, out
         functools.partial(_body, config, problem, b.kind),
         out_type=() if problem.accumulate else problem.out_type,
         scratch_types=[_scratch(config, b.kind, problem.out_type.dtype, problem.ragged)],
-        grid=(max(num_sms // config.cluster, 1),),
+        grid=(_clusters(num_sms, config.cluster),),
         grid_names=("sm",),
         cluster=(config.cluster,),
         cluster_names=("cluster",),
@@ -147,6 +151,11 @@ def block_scaled_gemm(config: Config, problem: Problem, a, b, *, table=None, out
         ),
     )
     return kernel(*operands)
+
+
+def _clusters(num_sms, cluster):
+    """How many clusters can run at once. SMs come in pairs, but not everywhere in fours: a few are left over."""
+    return max((num_sms if cluster <= 2 else num_sms - cluster) // cluster, 1)
 
 
 def _scratch(config, b_kind, out_dtype, ragged):
@@ -187,13 +196,13 @@ def _body(config, problem, b_kind, a, sa, b, sb, *refs):
     @pl.when(warpgroup == config.warpgroups)
     def _():
         if config.warpgroups == 2:
-            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+            plgpu.set_max_registers(config.registers[1], action="decrease")
         _load(config, problem, b_kind, tiles, a, sa, b, sb, smem)
 
     @pl.when(warpgroup < config.warpgroups)
     def _():
         if config.warpgroups == 2:
-            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            plgpu.set_max_registers(config.registers[0], action="increase")
         _multiply(config, problem, b_kind, tiles, sb, out, smem, warpgroup)
 
 

@@ -51,8 +51,25 @@ def device_sms() -> int:
 
 
 def _on_hopper(op, function):
-    """`function`, with results that refuse to be lowered for anything but a Hopper GPU."""
-    return lambda *operands: jax.tree.map(functools.partial(_hopper_only.bind, op=op), function(*operands))
+    """`function`, with results that refuse to be lowered for anything but a Hopper GPU.
+
+    A kernel does not say over which axes of a `shard_map` its results vary, and both branches must say the same: over those of any operand.
+    """
+
+    def run(*operands):
+        axes = frozenset().union(*(_varies_over(leaf) for leaf in jax.tree.leaves(operands)))
+
+        def mark(leaf):
+            missing = tuple(axes - _varies_over(leaf))
+            return _hopper_only.bind(lax.pcast(leaf, missing, to="varying") if missing else leaf, op=op)
+
+        return jax.tree.map(mark, function(*operands))
+
+    return run
+
+
+def _varies_over(x) -> frozenset:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def _lower_hopper_only(ctx, x, *, op):

@@ -17,8 +17,8 @@ DATA = pathlib.Path(__file__).parent / "data"
 OPS = ("matmul", "grouped_matmul", "masked_matmul", "wgrad", "grouped_wgrad")
 
 
-def choose(op: str, m: int, n: int, k: int, num_sms: int) -> Config:
-    """The configuration for m rows (of the average group where there are groups), n columns and a depth of k.
+def choose(op: str, m: int, n: int, k: int, num_sms: int, groups: int = 1) -> Config:
+    """The configuration for `groups` products of m rows on average, n columns and a depth of k.
 
     A measured choice is taken for the same op, n, k and number of SMs, and the nearest m within a factor of two.
     """
@@ -27,7 +27,7 @@ def choose(op: str, m: int, n: int, k: int, num_sms: int) -> Config:
     if near:
         best = min(near, key=lambda e: max(e["m"] / m, m / e["m"]))
         return Config(**best["config"])
-    return rule(op, m, n, k, num_sms)
+    return rule(op, m, n, k, num_sms, groups)
 
 
 def data_file(kind: str) -> pathlib.Path:
@@ -40,15 +40,19 @@ def _measured(kind):
     return json.loads(file.read_text())["choices"] if file.exists() else []
 
 
-def rule(op: str, m: int, n: int, k: int, num_sms: int) -> Config:
-    """The candidate with the shortest estimated time: whole waves of tiles, each as long as its slower side, compute or loads."""
-    return min(candidates(op, m, n, k, num_sms), key=lambda config: _estimate(config, op, m, n, k, num_sms))
+def rule(op: str, m: int, n: int, k: int, num_sms: int, groups: int = 1) -> Config:
+    """The candidate with the shortest estimated time: whole waves of tiles, each as long as its slower side, multiplying or loading.
+
+    Clusters of four are left to measurement: how many of them a device can run at once differs from chip to chip.
+    """
+    options = [c for c in candidates(op, m) if c.cluster <= 2]
+    return min(options, key=lambda config: _estimate(config, op, m, n, k, num_sms, groups))
 
 
-def candidates(op: str, m: int, n: int, k: int, num_sms: int) -> list[Config]:
-    """Configurations that are worth trying, all of which fit into shared memory."""
+def candidates(op: str, m: int) -> list[Config]:
+    """Configurations that are worth trying for products of m rows, as deep as shared memory allows."""
     tiles = [(64, cols, None) for cols in (16, 32, 56, 64, 96, 128)] + [(64, 128, "n"), (64, 256, "n")]
-    if m > 64 or op not in ("matmul", "masked_matmul"):
+    if m > 64:
         tiles += [(128, 64, "m"), (128, 128, "m"), (128, 192, "m")]
     if m > 128:
         tiles += [(128, 256, "n"), (256, 128, "m")]
@@ -59,33 +63,36 @@ def candidates(op: str, m: int, n: int, k: int, num_sms: int) -> list[Config]:
         for cluster, multicast in ((1, "a"), (2, "a"), (4, "a"), (2, "b")):
             if multicast == "b" and (op != "matmul" or m <= tile_m):
                 continue
-            for width in (1, 8, 16) if m > 128 else (1,):
-                config = Config(tile_m, tile_n, 2, split, cluster, multicast, "n" if width == 1 else "m", width)
-                found.append(_deepest(config, op))
+            for minor, width in (("n", 1), ("m", 8), ("m", 16)) if m > 128 else (("n", 1),):
+                found.append(_deepest(Config(tile_m, tile_n, 2, split, cluster, multicast, minor, width), op))
+        if op == "matmul" and m <= 128:
+            found += [_deepest(Config(tile_m, tile_n, 2, split, split_k=parts), op) for parts in (2, 4, 7)]
     return found
 
 
 def _deepest(config: Config, op: str) -> Config:
-    """`config` with as many stages as fit."""
-    b_kind, dtype = ("tiles", jnp.float32) if "wgrad" in op else ("blocks", jnp.bfloat16)
+    """`config` with as many stages as fit, which is at least two."""
+    b_kind, dtype, ragged = ("tiles" if "wgrad" in op else "blocks"), jnp.float32, op == "grouped_matmul"
     fits = [
         c
-        for stages in range(2, 13)
-        if smem_bytes(c := dataclasses.replace(config, stages=stages), b_kind, dtype, ragged=op == "grouped_matmul") <= SMEM_BYTES
+        for stages in range(2, 17)
+        if smem_bytes(c := dataclasses.replace(config, stages=stages), b_kind, dtype, ragged=ragged) <= SMEM_BYTES
     ]
     return fits[-1]
 
 
-def _estimate(config: Config, op: str, m: int, n: int, k: int, num_sms: int) -> float:
-    """Seconds per wave of an H200, times waves."""
-    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+def _estimate(config: Config, op: str, m: int, n: int, k: int, num_sms: int, groups: int) -> float:
+    """Seconds, from an H200's peak rate and a guess of what its L2 delivers."""
+    row_tiles = groups * (m / config.tile_m + 0.5) if op in ("grouped_matmul", "masked_matmul") else groups * -(-m // config.tile_m)
+    tiles = row_tiles * -(-n // config.tile_n) * config.split_k
     waves = -(-tiles // num_sms)
-    multiply = 2 * config.tile_m * config.tile_n * k / (1979e12 / 132 * _EFFICIENCY.get((config.tile_m, config.tile_n), 0.4))
-    shared = config.tile_m / (config.cluster if config.multicast == "a" else 1) + config.tile_n / (
-        config.cluster if config.multicast == "b" else 1
-    )
-    load = shared * k / (6e12 / 132)
-    return waves * max(multiply, load)
+    depth = k / config.split_k
+    multiply = 2 * config.tile_m * config.tile_n * depth / (PEAK_FLOPS / num_sms * _EFFICIENCY.get((config.tile_m, config.tile_n), 0.4))
+    shared_a, shared_b = (config.cluster if config.multicast == operand else 1 for operand in ("a", "b"))
+    load = (min(m, config.tile_m) / shared_a + config.tile_n / shared_b) * depth / (L2_BYTES_PER_SECOND / num_sms)
+    sum_parts = 3e-6 + 8 * m * n * config.split_k / L2_BYTES_PER_SECOND if config.split_k > 1 else 0
+    return waves * max(multiply, load) + sum_parts
 
 
-_EFFICIENCY = {(256, 128): 0.68, (128, 256): 0.67, (128, 192): 0.67, (128, 128): 0.6, (64, 256): 0.5}
+PEAK_FLOPS, L2_BYTES_PER_SECOND = 1979e12, 6e12
+_EFFICIENCY = {(256, 128): 0.68, (128, 256): 0.67, (128, 192): 0.67, (128, 128): 0.6, (64, 256): 0.5}  # by tile, of a prototype on an H200

@@ -13,7 +13,7 @@ from pallas_kernels.quantized import num_blocks, pad_operand
 def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=None, config=None, interpret=None):
     (m, k), (groups, n, _) = a.shape, b.shape
     num_sms = num_sms or device_sms()
-    config = config or tuning.choose("grouped_matmul", -(-m // groups), n, k, num_sms)
+    config = config or tuning.choose("grouped_matmul", -(-m // groups), n, k, num_sms, groups)
     a, b = pad_operand(a, rows=ROWS), pad_operand(b, rows=64)
 
     tiles = group_tiles(group_sizes, config.tile_m, m, align=ROWS)
@@ -28,7 +28,8 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
 def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, config=None, interpret=None):
     (groups, rows, k), n = a.shape, b.shape[1]
     num_sms = num_sms or device_sms()
-    config = config or tuning.choose("masked_matmul", rows, n, k, num_sms)
+    # how full the room is, the host does not know: in decode it is mostly a few rows
+    config = config or tuning.choose("masked_matmul", min(rows, 128), n, k, num_sms, groups)
     a, b = pad_operand(a, rows=ROWS), pad_operand(b, rows=64)
 
     most = -(-rows // config.tile_m)

@@ -64,7 +64,7 @@ def _quantize(combine, first_blocks, pow2, interpret, x, by_row=None, by_column=
     rows, k = x.shape
     x = pad_to(x, (rows if rows <= ROWS else -(-rows // ROWS) * ROWS, num_blocks(k) * BLOCK))
     padded_rows, blocks = x.shape[0], x.shape[1] // BLOCK // len(first_blocks)
-    per_cta = math.gcd(blocks, 4 // len(first_blocks))
+    per_cta = math.gcd(blocks, 4 if len(first_blocks) == 1 and by_row is None else 2)  # a copy has at most 256 columns
     parts = [(i, first) for i in range(per_cta) for first in first_blocks]
     scaled = by_row is not None
     factors = [pad_to(by_row, (-(-rows // 4) * 4,)), pad_to(by_column, x.shape[1:])] if scaled else []

@@ -24,7 +24,7 @@ def fp8_wgrad(a, b, accumulate=None, *, num_sms=None, config=None, interpret=Non
 def grouped_fp8_wgrad(a, b, group_sizes, accumulate=None, *, num_sms=None, config=None, interpret=None):
     n, groups = a.shape[0], group_sizes.shape[0]
     num_sms = num_sms or device_sms()
-    config = config or tuning.choose("grouped_wgrad", n, b.shape[0], a.shape[1] // groups, num_sms)
+    config = config or tuning.choose("grouped_wgrad", n, b.shape[0], a.shape[1] // groups, num_sms, groups)
     m_tiles = -(-n // config.tile_m)
     group, tile = jnp.divmod(jnp.arange(groups * m_tiles, dtype=jnp.int32), m_tiles)
     starts = padded_starts(group_sizes) // BLOCK

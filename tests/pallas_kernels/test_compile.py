@@ -1,0 +1,104 @@
+"""What can be checked of the kernels without a GPU: every real shape lowers, and no tile choice spills registers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import aot, tuning
+from pallas_kernels.gemm import SMEM_BYTES, smem_bytes
+from pallas_kernels.grouped_matmul import shapes as grouped_shapes
+from pallas_kernels.matmul import shapes as dense_shapes
+from pallas_kernels.quantize import shapes as quantize_shapes
+from pallas_kernels.wgrad import shapes as wgrad_shapes
+
+BF16 = jnp.bfloat16
+needs_compiler = pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
+
+
+def array(*shape, dtype=BF16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def tiles(*shape):
+    return jax.eval_shape(pk.quantize_tiles, array(*shape))
+
+
+def blocks(*shape):
+    return jax.eval_shape(pk.quantize_blocks, array(*shape))
+
+
+def sizes(groups):
+    return array(groups, dtype=jnp.int32)
+
+
+def cases():
+    """(name, function, arguments) of every op at every shape of its shapes.py."""
+    for m, n, k in dense_shapes.MNK:
+        yield f"dense-{m}-{n}-{k}", pk.fp8_matmul, (tiles(m, k), blocks(n, k))
+    for g, rows, n, k in grouped_shapes.GROUPED:
+        yield f"grouped-{g}x{rows}-{n}-{k}", pk.grouped_fp8_matmul, (tiles(g * rows, k), blocks(g, n, k), sizes(g))
+    for g, _, rows, n, k in grouped_shapes.MASKED:
+        yield f"masked-{g}x{rows}-{n}-{k}", pk.masked_fp8_matmul, (tiles(g, rows, k), blocks(g, n, k), sizes(g))
+    for n, k, tokens in wgrad_shapes.DENSE:
+        yield f"wgrad-{n}-{k}-{tokens}", accumulate(pk.fp8_wgrad), (tiles(n, tokens), tiles(k, tokens), array(n, k, dtype=jnp.float32))
+    for g, rows, n, k in wgrad_shapes.GROUPED:
+        operands = tiles(n, g * (rows + 128)), tiles(k, g * (rows + 128)), sizes(g)
+        yield f"grouped-wgrad-{g}x{rows}-{n}-{k}", accumulate(pk.grouped_fp8_wgrad), (*operands, array(g, n, k, dtype=jnp.float32))
+    for rows, cols in quantize_shapes.ROWS_COLS:
+        yield f"quantize-{rows}-{cols}", pk.quantize_tiles, (array(rows, cols),)
+        yield f"swiglu-{rows}-{cols}", pk.swiglu_quantize, (array(rows, cols),)
+        yield f"rmsnorm-{rows}-{cols}", pk.rmsnorm_quantize, (array(rows, cols), array(cols))
+
+
+def accumulate(op):
+    return lambda *operands: op(*operands[:-1], accumulate=operands[-1])
+
+
+CASES = {name: (function, arguments) for name, function, arguments in cases()}
+# one of each kind of tile choice is enough for the slower compile to machine code
+COMPILED = [
+    *(f"dense-{m}-{n}-{k}" for m, n, k in [(64, 7168, 16384), (64, 4096, 7168), (64, 32768, 512), (128, 24576, 1536), (128, 7168, 2048)]),
+    *("dense-4096-2112-7168", "dense-4096-7168-16384", "grouped-4x8192-4096-7168", "grouped-256x256-4096-7168", "masked-32x4096-4096-7168"),
+    *("wgrad-7168-4096-8192", "grouped-wgrad-4x8192-4096-7168", "quantize-4096-7168", "swiglu-4096-7168", "rmsnorm-4096-7168"),
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_shape_lowers_for_cuda(name):
+    function, arguments = CASES[name]
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", COMPILED)
+def test_no_register_spills(name):
+    function, arguments = CASES[name]
+    with aot.kernels_compiled() as kernels:
+        jax.jit(function).lower(*aot.on_h200(arguments)).compile()
+    assert len(kernels) == 1
+    assert kernels[0].spilled_bytes == 0 and not kernels[0].serialized
+
+
+@needs_compiler
+def test_accumulation_is_in_place():
+    function, arguments = CASES["grouped-wgrad-4x8192-4096-7168"]
+    stats = jax.jit(function, donate_argnums=3).lower(*aot.on_h200(arguments)).compile().memory_analysis()
+    assert stats.alias_size_in_bytes == 4 * 4096 * 7168 * 4 and stats.temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize("op", tuning.OPS)
+@pytest.mark.parametrize("m", [1, 100, 4096])
+def test_candidates_fit_into_shared_memory(op, m):
+    b_kind = "tiles" if "wgrad" in op else "blocks"
+    for config in tuning.candidates(op, m):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            assert smem_bytes(config, b_kind, dtype, ragged=op == "grouped_matmul") <= SMEM_BYTES
+
+
+def test_checked_in_choices_are_of_known_ops():
+    for file in tuning.DATA.glob("*.json"):
+        for entry in tuning.json.loads(file.read_text())["choices"]:
+            assert entry["op"] in tuning.OPS
+            tuning.Config(**entry["config"])
