@@ -1,4 +1,4 @@
-"""Which layers a pipeline rank holds, and the way between canonical parameters [L, ...] and what the ranks hold.
+"""Which layers a pipeline rank holds, and the way between canonical parameters [L, ...], in shards, and what the ranks hold.
 
 The layers are dealt out in order, as evenly as it goes; where they do not divide, the later stages, which also have the head, hold one
 less. All ranks run one program, so a chunk is a row of slots that are the same everywhere: first slots for dense layers, then slots for
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.schedule import Schedule
+from dsv3_jax.parallel.spread import gather, reduce
 
 NONE = -1
 STACKS = ("dense_layers", "moe_layers")
@@ -58,21 +60,41 @@ def place(config: ModelConfig, schedule: Schedule) -> Chunks:
     return tuple(chunks)
 
 
-def to_slots(stacks: dict, chunks: Chunks) -> tuple[tuple[Any, ...], ...]:
-    """For each slot of each chunk a tree with leaves [ranks, ...], from trees with leaves [L, ...] by stack.
+def to_rank(stacks: dict, splits: dict, chunks: Chunks, rank: jax.Array) -> tuple[tuple[Any, ...], ...]:
+    """This rank's whole weights, for each slot of each chunk, from the shards of the canonical ones; inside `shard_map`.
 
-    dualpipe's second chunk is a copy of other ranks' first. A rank without a layer for a slot holds another layer's values there.
+    stacks: by name trees with leaves [L, ...], as `sharding.splits` splits them; splits: these, in the same structure. A rank without a
+    layer for a slot holds another layer's values there; dualpipe's second chunk is a copy of other ranks' first.
     """
 
-    def take(slot):
-        index = np.maximum(slot.layers, 0)
-        return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), stacks[slot.stack])
+    def move(slot, shard, splits):
+        over_replicas, over_pipe = splits
+        of_ranks = jnp.take(shard, np.maximum(slot.layers, 0), axis=0)
+        if over_pipe.dimension is None:
+            mine = lax.dynamic_slice_in_dim(of_ranks, rank, 1)
+        else:
+            mine = lax.all_to_all(of_ranks, "pipe", 0, over_pipe.dimension, tiled=True)
+        return gather(mine, [over_replicas])[0]
 
-    return tuple(tuple(take(slot) for slot in slots) for slots in chunks)
+    def fill(slot):
+        return jax.tree.map(lambda *leaf: move(slot, *leaf), stacks[slot.stack], splits[slot.stack])
+
+    return tuple(tuple(map(fill, slots)) for slots in chunks)
 
 
-def from_slots(trees: tuple[tuple[Any, ...], ...], chunks: Chunks) -> dict:
-    """The transpose of `to_slots`: copies of a layer are summed. Stacks that have no slots are left out."""
+def from_rank(trees: tuple[tuple[Any, ...], ...], splits: dict, chunks: Chunks) -> dict:
+    """The transpose of `to_rank`: sums over the devices that share a weight, copies of a layer among them, each keeps its shard.
+
+    Stacks that have no slots are left out.
+    """
+
+    def move(gradient, splits):  # to leaves [ranks, ...]
+        over_replicas, over_pipe = splits
+        mine = reduce(gradient[None], [over_replicas])
+        if over_pipe.dimension is None:
+            return lax.all_gather(mine, "pipe", tiled=True)
+        return lax.all_to_all(mine, "pipe", over_pipe.dimension, 0, tiled=True)
+
     stacks = {}
     for stack in STACKS:
         members = [(slot, tree) for slots, row in zip(chunks, trees) for slot, tree in zip(slots, row) if slot.stack == stack]
@@ -84,9 +106,9 @@ def from_slots(trees: tuple[tuple[Any, ...], ...], chunks: Chunks) -> dict:
         places.pop(NONE, None)
         copies = np.array([places[layer] for layer in range(len(places))]).T
 
-        def gather(*leaves, copies=copies):
+        def order(*leaves, copies=copies):
             joined = jnp.concatenate(leaves)
             return sum(jnp.take(joined, copy, axis=0) for copy in copies)
 
-        stacks[stack] = jax.tree.map(gather, *[tree for _, tree in members])
+        stacks[stack] = jax.tree.map(order, *[jax.tree.map(move, tree, splits[stack]) for _, tree in members])
     return stacks

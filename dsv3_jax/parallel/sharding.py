@@ -5,23 +5,32 @@
     dense weights                    layers
     expert weights                   layers         experts
     what training keeps of them:
-    masters, moments (dense)   x     layers           x       ZeRO-1: a shard on every device that has the weight
-    masters, moments (expert)  x     layers         experts
+    masters, moments (dense)   x       x              x       ZeRO-1: a shard on every device that
+    masters, moments (expert)  x       x            experts   repeats the weight
 
-`expert` may be split into `node` x `local`; it is then both of them wherever it stands here. Functions take the sizes of the mesh axes
-(`mesh.shape`), and leave out axes that a mesh does not have. tests/data/sharding_671b.json has it for every parameter of the 671B model.
+The layers of a pipeline rank are a matter of its schedule and do not divide evenly (placement.py), so what is kept, which is canonical,
+lies over `pipe` by another dimension. `expert` may be split into `node` x `local`; it is then both of them wherever it stands here.
+Functions take the sizes of the mesh axes (`mesh.shape`), and leave out axes that a mesh does not have. tests/data/sharding_671b.json has
+it for every parameter of the 671B model.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES = {"layers": "pipe", "experts": "expert"}  # of weights; embed, heads, q_latent, kv_latent, mlp, vocab are whole everywhere
+RULES = {"experts": "expert"}  # of weights; embed, heads, q_latent, kv_latent, mlp, vocab are whole everywhere
 BATCH = ("data", "expert")
-REPLICAS = ("data", "expert")  # the axes over which a weight is repeated, unless it lies over them
+REPLICAS = (("data", "expert"), ("pipe",))  # the axes over which a weight's masters are split, unless it lies over them anyway
+
+
+class Split(NamedTuple):
+    """A weight's master is split over mesh axes along a dimension; None where none divides: it is then repeated over them."""
+
+    dimension: int | None
+    axes: tuple[str, ...]
 
 
 def expert_axes(sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -41,24 +50,32 @@ def weight_spec(logical: tuple[str | None, ...], sizes: Mapping[str, int]) -> Pa
 
 
 def state_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """How a weight's master and moments lie: split further over the axes that repeat it, along the largest dimension that they divide.
+    """How a weight's master and moments lie: split further over the axes that repeat it (`splits`)."""
+    over = [mesh_axes((RULES[name],), sizes) if name in RULES else () for name in logical]
+    for split in splits(logical, shape, sizes):
+        if split.dimension is not None:
+            over[split.dimension] += split.axes
+    return PartitionSpec(*map(_entry, over))
 
-    Where none is divisible they are repeated as the weight is.
+
+def splits(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Split, Split]:
+    """How ZeRO-1 splits a weight: over data and expert, then over pipe, each along the largest dimension that it divides.
+
+    Axes without any effect, of size 1 altogether, are left out.
     """
-    spec = list(weight_spec(logical, sizes))
-    axis, over = zero_axis(logical, shape, sizes)
-    if axis is not None:
-        spec[axis] = _entry(over)
-    return PartitionSpec(*spec)
-
-
-def zero_axis(logical: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int | None, tuple[str, ...]]:
-    """(the dimension of a weight that ZeRO-1 splits, or None where there is nothing to split; the mesh axes that repeat the weight)."""
-    taken = {RULES[name] for name in logical if name in RULES}
-    over = mesh_axes(tuple(name for name in REPLICAS if name not in taken), sizes)
-    parts = math.prod(sizes[axis] for axis in over)
-    free = [i for i, name in enumerate(logical) if name not in RULES and shape[i] % parts == 0]
-    return (max(free, key=lambda i: shape[i]) if free and parts > 1 else None), over
+    taken, left, found = {RULES[name] for name in logical if name in RULES}, list(shape), []
+    for group in REPLICAS:
+        axes = mesh_axes(tuple(name for name in group if name not in taken), sizes)
+        parts = math.prod(sizes[axis] for axis in axes)
+        free = [i for i, name in enumerate(logical) if name not in RULES and name != "layers" and left[i] % parts == 0]
+        if parts == 1:
+            found.append(Split(None, ()))
+            continue
+        dimension = max(free, key=lambda i: left[i]) if free else None
+        if dimension is not None:
+            left[dimension] //= parts
+        found.append(Split(dimension, axes))
+    return tuple(found)
 
 
 def batch_spec(sizes: Mapping[str, int]) -> PartitionSpec:

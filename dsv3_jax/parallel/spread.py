@@ -5,7 +5,7 @@ gradients of its own rows with them, tokens going to experts on other devices an
 the shards they belong to. Everything after that, norm, clipping and the optimizer, is plain JAX over sharded arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -87,23 +87,35 @@ class Spread:
 
     def _gathered(self, params):
         """Whole weights (experts: those of this device) from the shards of their masters."""
-
-        def gather(names, whole, shard):
-            axis, over = sharding.zero_axis(names, whole.shape, self.mesh.shape)
-            return shard if axis is None else lax.all_gather(shard, over, axis=axis, tiled=True)
-
-        return jax.tree.map(gather, _part(self._axes, params), _part(self._shapes, params), params, is_leaf=sharding.is_names)
+        return self._each(gather, params)
 
     def _reduced(self, gradients):
         """The mean over devices, each shard where its master is. An expert's gradient holds the tokens of all expert devices already."""
+        return self._each(lambda gradient, splits: reduce(gradient, splits) / self._devices, gradients)
 
-        def reduce(names, whole, gradient):
-            axis, over = sharding.zero_axis(names, whole.shape, self.mesh.shape)
-            if axis is None:
-                return lax.psum(gradient, over) / self._devices
-            return lax.psum_scatter(gradient, over, scatter_dimension=axis, tiled=True) / self._devices
+    def _each(self, function, params):
+        def one(names, whole, leaf):
+            return function(leaf, sharding.splits(names, whole.shape, self.mesh.shape))
 
-        return jax.tree.map(reduce, _part(self._axes, gradients), _part(self._shapes, gradients), gradients, is_leaf=sharding.is_names)
+        return jax.tree.map(one, _part(self._axes, params), _part(self._shapes, params), params, is_leaf=sharding.is_names)
+
+
+def gather(shard: jax.Array, splits: Iterable[sharding.Split]) -> jax.Array:
+    """The whole from the shards that `splits` made."""
+    for split in reversed(list(splits)):
+        if split.dimension is not None:
+            shard = lax.all_gather(shard, split.axes, axis=split.dimension, tiled=True)
+    return shard
+
+
+def reduce(gradient: jax.Array, splits: Iterable[sharding.Split]) -> jax.Array:
+    """The transpose: the sum over the devices of those axes, of which each keeps its shard."""
+    for split in splits:
+        if split.dimension is not None:
+            gradient = lax.psum_scatter(gradient, split.axes, scatter_dimension=split.dimension, tiled=True)
+        elif split.axes:
+            gradient = lax.psum(gradient, split.axes)
+    return gradient
 
 
 def _part(tree: dict, like: dict) -> dict:

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel import placement
+from dsv3_jax.parallel import placement, sharding
 from dsv3_jax.parallel.schedule import KINDS, build
 from dsv3_jax.training.pipeline import pipeline_value_and_grad
 
+STACKS = {"dense_layers": 2, "moe_layers": 5}
 ROOT = Path(__file__).parents[2]
 SMALL = ModelConfig(
     vocab_size=32,
@@ -102,21 +104,39 @@ def test_layers_have_one_place_in_order(kind, ranks):
 
 
 @pytest.mark.parametrize("kind", ["zb1p", "dualpipe", "dualpipev"])
-def test_placement_and_back(kind):
+def test_weights_reach_their_ranks_and_gradients_come_back(kind):
+    """Leaves whose last dimension divides over data, over pipe too, and not at all."""
+    sizes = meshes.parse("data=2,pipe=2")
     chunks = placement.place(SMALL, build(kind, num_ranks=2, num_microbatches=4))
-    stacks = {"dense_layers": {"w": jnp.arange(2.0)}, "moe_layers": {"w": jnp.arange(10.0).reshape(5, 2)}}
-    there = placement.to_slots(stacks, chunks)
-    # What a rank holds in a slot without a layer never reaches the parameters.
-    masked = tuple(
-        tuple(
-            {"w": jnp.where((np.array(slot.layers) == placement.NONE).reshape(-1, *[1] * (tree["w"].ndim - 1)), 1e9, tree["w"])}
-            for slot, tree in zip(*row)
-        )
-        for row in zip(chunks, there)
-    )
-    copies = 2 if kind == "dualpipe" else 1
-    back = placement.from_slots(masked, chunks)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, copies * b)), back, stacks))
+    axes = {"w": ("layers", "mlp", "embed"), "v": ("layers", "embed"), "u": ("layers", "embed")}
+    shapes = {"w": (2, 6), "v": (4,), "u": (3,)}
+    stacks = {name: {k: jax.random.normal(jax.random.key(n), (n, *shape)) for k, shape in shapes.items()} for name, n in STACKS.items()}
+    spec = {k: sharding.state_spec(axes[k], (9, *shapes[k]), sizes) for k in axes}
+    splits = {k: sharding.splits(axes[k], (9, *shapes[k]), sizes) for k in axes}
+
+    def there_and_back(stacks):
+        rank = jax.lax.axis_index("pipe")
+        slots = placement.to_rank(stacks, dict.fromkeys(STACKS, splits), chunks, rank)
+
+        # What a rank holds in a slot without a layer must never come back.
+        def used(slot, tree):
+            return jax.tree.map(lambda leaf: jnp.where(jnp.array(slot.layers)[rank] == placement.NONE, 0, leaf), tree)
+
+        used_slots = tuple(tuple(used(slot, tree) for slot, tree in zip(*row)) for row in zip(chunks, slots))
+        return placement.from_rank(used_slots, dict.fromkeys(STACKS, splits), chunks), jax.tree.map(lambda leaf: leaf[None], slots)
+
+    specs = dict.fromkeys(STACKS, spec)
+    mesh = meshes.make("data=2,pipe=2", jax.devices()[:4])
+    mapped = jax.shard_map(there_and_back, mesh=mesh, in_specs=(specs,), out_specs=(specs, PartitionSpec("pipe")), check_vma=False)
+    back, held = jax.jit(mapped)(stacks)
+    # The sum over both data ranks, and over both copies of dualpipe.
+    expected = jax.tree.map(lambda w: (4 if kind == "dualpipe" else 2) * w, stacks)
+    jax.tree.map(np.testing.assert_array_equal, back, expected)
+    for slots, row in zip(chunks, held):
+        for slot, tree in zip(slots, row):
+            for rank, layer in enumerate(slot.layers):
+                if layer != placement.NONE:
+                    jax.tree.map(lambda leaf, w: np.testing.assert_array_equal(leaf[rank], w[layer]), tree, stacks[slot.stack])  # noqa: B023
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def test_671b_memory():
     for name, row in make_sharding_table.table().items():
         axes = [axis for entry in row["state"] if entry for axis in ([entry] if isinstance(entry, str) else entry)]
         assert len(axes) == len(set(axes))
-        parts = math.prod(sizes[axis] for axis in axes if axis != "pipe")
-        assert parts == 128, f"{name} is kept {128 // parts} times"
+        parts = math.prod(sizes[axis] for axis in axes)
+        assert parts == 2048 or (parts == 128 and math.prod(row["shape"]) < 1e6), f"{name} is kept {2048 // parts} times"
         total += math.prod(row["shape"])
         kept += math.prod(row["shape"]) / math.prod(sizes[axis] for axis in axes)
         if "/experts/" in name:
@@ -40,7 +40,7 @@ def test_671b_memory():
 def test_split_expert_axis():
     sizes = mesh.parse("data=2,expert=4x8")
     assert sizes == {"data": 2, "pipe": 1, "node": 4, "local": 8}
-    assert sharding.weight_spec(("layers", "experts", "embed"), sizes) == PartitionSpec("pipe", ("node", "local"), None)
+    assert sharding.weight_spec(("layers", "experts", "embed"), sizes) == PartitionSpec(None, ("node", "local"), None)
     assert sharding.state_spec(("embed", "mlp"), (64, 128), sizes) == PartitionSpec(None, ("data", "node", "local"))
     assert sharding.batch_spec(sizes) == PartitionSpec(("data", "node", "local"))
 
@@ -49,6 +49,12 @@ def test_dimensions_that_do_not_divide_stay_whole():
     sizes = mesh.parse("data=2,expert=4")
     assert sharding.state_spec(("embed", "mlp"), (12, 8), sizes) == PartitionSpec(None, ("data", "expert"))
     assert sharding.state_spec(("embed", "mlp"), (12, 6), sizes) == PartitionSpec(None, None)
+
+
+def test_what_is_kept_lies_over_pipe_by_another_dimension_than_layers():
+    sizes = mesh.parse("data=2,pipe=4,expert=4")
+    assert sharding.state_spec(("layers", "embed", "mlp"), (4, 32, 64), sizes) == PartitionSpec(None, "pipe", ("data", "expert"))
+    assert sharding.state_spec(("layers", "experts", "embed"), (4, 8, 64), sizes) == PartitionSpec(None, "expert", ("data", "pipe"))
 
 
 def test_devices_of_a_mesh():
