@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import os
 import shlex
 import signal
@@ -99,9 +100,10 @@ def parse(recipe: TrainConfig, options: list[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box: a title, the message, a rule, and help.
-        lines = [line.strip("│ ") for line in printed.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)])
+        # tyro draws a box: a title, the message, a rule, and help; without lines around it where the terminal is not UTF-8.
+        rule = "─- "
+        lines = itertools.dropwhile(lambda line: not line.strip(rule), (line.strip("│ ") for line in printed.getvalue().splitlines()[1:]))
+        message = " ".join(itertools.takewhile(lambda line: line.strip(rule), lines))
         raise UserError(f"{message} (--help lists the options)") from None
 
 

@@ -1,0 +1,230 @@
+"""The command: its errors, its help, stopping it and killing it."""
+
+import importlib.util
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax import checkpoint
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+from dsv3_jax.config import *
+
+def recipe():
+    return TrainConfig(
+        model=ModelConfig(
+            vocab_size=300, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, q_lora_rank=16,
+            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, moe_intermediate_size=16,
+            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, rope_scaling=None, max_position_embeddings=256,
+        ),
+        data=DataConfig(corpus=({corpus!r},), heldout_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        steps=300,
+        sequence_length=32,
+        batch_size=4,
+        remat="none",
+        checkpoint_every=20,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The path of a recipe of a run of seconds."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for i in range(40):
+        lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
+        (folder / "corpus").mkdir(exist_ok=True)
+        (folder / "corpus" / f"file{i:02}.py").write_text("\n".join(lines))
+    (folder / "micro.py").write_text(RECIPE.format(corpus=str(folder / "corpus")))
+    return str(folder / "micro.py")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One CPU device; what was compiled is kept from run to run."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": cache}
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"} | fast
+
+
+def start(argv, environment):
+    return subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process, status=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    assert "Traceback" not in output
+    return output
+
+
+def wait_for_step(folder, step, process):
+    """Until the metrics of `step` are written."""
+    while process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and f'{{"step": {step},' in (folder / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"it ended before step {step}: {process.stdout.read()}")
+
+
+def assert_same_step(a, b):
+    a, b = checkpoint.open_run(a), checkpoint.open_run(b)
+    assert a.step == b.step
+    for item in ("params", "train_state"):
+        for u, v in zip(jax.tree.leaves(a.params(item=item)), jax.tree.leaves(b.params(item=item))):
+            assert np.asarray(u).tobytes() == np.asarray(v).tobytes()
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, environment, tmp_path_factory):
+    """A run that was never stopped: (its folder, its output)."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, finish(start([recipe, "--workdir", str(folder)], environment))
+
+
+def test_output_of_a_run(whole, recipe):
+    """Loss and each of its terms, speed, balance, time left; at the end bits per byte beside gzip's, a sample, what to do next."""
+    folder, output = whole
+    for words in (
+        "step 300/300",
+        "= main ",
+        "mtp ",
+        "balance ",
+        "load max/mean ",
+        "tokens/s",
+        "left",
+        "bits per byte (gzip -9 of the same",
+    ):
+        assert words in output
+    assert "sample:\n" in output
+    assert f"python train.py {shlex.quote(recipe)} --workdir {folder}" in output and f"python serve.py {folder} --prompt" in output
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(whole, recipe, environment, tmp_path):
+    argv = [recipe, "--workdir", str(tmp_path / "run")]
+    process = start(argv, environment)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.terminate()
+    output = finish(process, status=128 + signal.SIGTERM)
+    steps = checkpoint.complete_steps(tmp_path / "run")
+    assert f"stopped by SIGTERM after step {steps[-1]}, saved" in output and shlex.join(["python", "train.py", *argv]) in output
+    assert 3 <= steps[-1] < 300
+    again = finish(start(argv, environment))
+    assert_same_step(whole[0], tmp_path / "run")
+    held_out = next(line for line in whole[1].splitlines() if "bits per byte" in line)
+    assert held_out in again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_kill_9_at_random_moments(whole, recipe, environment, tmp_path):
+    """Saving after every step, killed twenty-five times, start-up and saves included: nothing complete is ever lost or changed."""
+    folder, rng, latest, mid_save = tmp_path / "run", random.Random(0), 0, 0
+    argv = [recipe, "--workdir", str(folder), "--checkpoint-every", "1"]
+    for kill in range(25):
+        process = start(argv, environment)
+        if kill % 5 == 4:
+            time.sleep(rng.uniform(0, 6))  # while it starts
+        else:
+            wait_for_step(folder, latest + 1, process)
+            time.sleep(rng.uniform(0, 1.5))
+        assert process.poll() is None, "it came to its end: give it more steps"
+        process.kill()
+        process.communicate()
+        mid_save += any(not (d / checkpoint.CHECKSUMS).exists() for d in folder.glob("[0-9]*"))
+        steps = checkpoint.complete_steps(folder)
+        if steps:
+            checkpoint.open_run(folder).verify()
+            assert checkpoint.open_run(folder).load({"data": {"step": 0, "row": 0, "rows": ""}})["data"]["step"] == steps[-1]
+        assert (steps or [0])[-1] >= latest
+        latest = (steps or [0])[-1]
+    assert mid_save >= 5
+    print(f"25 kills up to step {latest}, {mid_save} of them during a save")
+    finish(start(argv, environment))
+    assert_same_step(whole[0], folder)
+
+
+@pytest.fixture
+def command(capsys):
+    """A function: (status, what is on stdout, what is on stderr) of the command, run in this process."""
+    spec = importlib.util.spec_from_file_location("train_command", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_command"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return lambda argv: (module.main(argv), *capsys.readouterr())
+
+
+TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["tinny"], "unknown recipe 'tinny' (did you mean 'tiny'?)"),
+        (["nowhere/mine.py"], "unknown recipe 'nowhere/mine.py'"),
+        (["--model.hiden-size", "3"], "unknown option --model.hiden-size (did you mean 'model.hidden-size'?)"),
+        (["--step", "3"], "unknown option --step (did you mean 'steps'?)"),
+        (["tiny", "--steps", "many"], "--steps"),
+        (["tiny", "--steps"], "Missing value for argument '--steps'"),
+        (["tiny", "--steps", "0"], "steps=0 must be at least 1"),
+        (["tiny", "small"], "small"),
+        (["--precision", "fp9"], "invalid choice 'fp9'"),
+        (["--model.topk-group", "9"], "topk_group=9 must lie in"),
+        (["--mesh", "data=3", "--dry-run"], "mesh 'data=3' does not match the devices: there are 8"),
+        (["--mesh", "dta=8", "--dry-run"], "unknown mesh axis 'dta' (did you mean 'data'?)"),
+        (["--mesh", "data=8", "--batch-size", "12", "--workdir", "{tmp}/run"], "batch_size=12"),
+        (["--data.corpus", "nowhere", "--workdir", "{tmp}/run"], "the corpus nowhere does not exist"),
+        (["--data.corpus", "{tmp}/empty", "--workdir", "{tmp}/run"], "has no files"),
+        (["--workdir", "{tmp}/file/run"], "cannot write to"),
+        (["--resume", "{tmp}/nowhere", "--workdir", "{tmp}/run"], "does not exist"),
+        (["--init-from", "{tmp}/empty", "--workdir", "{tmp}/run", *TEXT], "holds no complete checkpoint"),
+        (["--model.vocab-size", "100", "--workdir", "{tmp}/run", *TEXT], "vocab_size is 100"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text").mkdir()
+    for i in range(50):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"text number {i} with some words in it\n" * 200)
+    status, _, errors = command([arg.format(tmp=tmp_path) for arg in argv])
+    assert status == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_help_does_not_import_jax(tmp_path):
+    """So that it is there at once, and flags can still be set."""
+    (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--model.hidden-size INT" in done.stdout and "--dry-run" in done.stdout
+
+
+def test_dry_run_of_the_671b_model_on_fake_devices(environment):
+    argv = ["deepseek_v3", "--dry-run", "--fake-devices", "6", "--mesh", "data=2,expert=3"]
+    done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for number in ("671,026,419,200 main", "11,610,068,224 MTP only", "data=2, pipe=1, expert=3 (6 devices)", "62,914,560"):
+        assert number in done.stdout
+
+
+def test_overrides_reach_every_level(recipe, command):
+    options = ["--model.num-hidden-layers", "4", "--batch_size", "16", "--optimizer.moment-dtype", "float32", "--steps=7"]
+    (_, plain, _), (status, output, _) = command([recipe, "--dry-run"]), command([recipe, "--dry-run", *options, "--data.corpus", "a", "b"])
+    assert status == 0 and f"tokens a step: {16 * 32:,}; {16 * 32 * 7:,} in 7 steps" in output
+    assert "moments (bfloat16, two)" in plain and "moments (float32, two)" in output
+    count = lambda text: int(text.split()[1].replace(",", ""))  # noqa: E731
+    assert count(output) > 1.5 * count(plain)
