@@ -225,6 +225,6 @@ def test_overrides_reach_every_level(recipe, command):
     options = ["--model.num-hidden-layers", "4", "--batch_size", "16", "--optimizer.moment-dtype", "float32", "--steps=7"]
     (_, plain, _), (status, output, _) = command([recipe, "--dry-run"]), command([recipe, "--dry-run", *options, "--data.corpus", "a", "b"])
     assert status == 0 and f"tokens a step: {16 * 32:,}; {16 * 32 * 7:,} in 7 steps" in output
-    assert "moments (bfloat16, two)" in plain and "moments (float32, two)" in output
+    assert "moments, two of bfloat16" in plain and "moments, two of float32" in output
     count = lambda text: int(text.split()[1].replace(",", ""))  # noqa: E731
     assert count(output) > 1.5 * count(plain)

@@ -1,0 +1,48 @@
+"""What a dry run tells: released sizes, and the bytes that arrays on a mesh really have."""
+
+import math
+
+import jax
+import pytest
+
+from configs import deepseek_v3, moonlight_16b, v2_lite_16b
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.training import dry_run
+from dsv3_jax.training.step import Trainer
+
+
+@pytest.mark.parametrize(
+    "model, main, mtp",
+    [
+        (deepseek_v3.model(), 671_026_419_200, 11_610_068_224),
+        (v2_lite_16b.model(), 15_706_484_224, 0),
+        (moonlight_16b.model(), 15_960_110_208, 0),
+    ],
+    ids=["deepseek_v3", "v2_lite_16b", "moonlight_16b"],
+)
+def test_parameters_of_released_models(model, main, mtp):
+    counts = dry_run.parameters(model)
+    assert (counts["main"], counts["mtp"]) == (main, mtp)
+
+
+def test_activated_parameters():
+    """The report: 37B of the 671B."""
+    assert dry_run.parameters(deepseek_v3.model())["activated"] == pytest.approx(37.5e9, rel=0.01)
+
+
+def test_bytes_are_those_of_the_shards(micro_model, micro_config):
+    config, mesh = micro_config(mesh="data=2,expert=4"), meshes.make("data=2,expert=4")
+    decoder = Decoder(micro_model)
+    trainer = Trainer(decoder, config, mesh)
+    state = jax.eval_shape(trainer.init, decoder.abstract_params())
+
+    def held(leaves, shardings):
+        shards = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, leaves, shardings)
+        return sum(jax.tree.leaves(shards))
+
+    kinds = dry_run.bytes_a_device(config, dict(mesh.shape))
+    assert kinds["masters, float32"] == held(state.params, trainer.shardings.params)
+    moments = held((state.adam.mu, state.adam.nu), (trainer.shardings.adam.mu, trainer.shardings.adam.nu))
+    assert kinds["moments, two of bfloat16"] == moments
+    assert kinds["masters, float32"] < kinds["weights of a step, float32"] < 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
