@@ -1,0 +1,103 @@
+"""Trains a model of everything (dense and MoE layers, MTP, balance loss, router bias, accumulation) on meshes and on one device.
+
+    python tests/parallel/compare_meshes.py float64 data=2,expert=2 expert=4 ...      prints a JSON line for each mesh
+
+{"mesh": ..., "loss": the largest relative difference of the losses and terms of all steps, "gradient": that of any gradient (clipped by
+its global norm) after the first, "bias": that of the router biases at the end, "runs_again": steps that found a buffer too small}
+"""
+
+import json
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+
+if __name__ == "__main__" and sys.argv[1] == "float64":
+    # The model asks for float32 by this name in every place where it wants to be exact: so all of it computes in float64.
+    jax.config.update("jax_enable_x64", True)
+    jnp.float32 = jnp.float64
+
+import numpy as np
+
+from dsv3_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.precision import FLOAT32
+from dsv3_jax.training.schedules import Scheduled
+from dsv3_jax.training.step import Trainer
+
+MODEL = ModelConfig(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=3,
+    intermediate_size=48,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    first_k_dense_replace=1,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    rope_scaling=None,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+)
+STEPS = 3
+
+
+def train(mesh: str, dtype: str) -> tuple[list[dict], dict, dict, Trainer]:
+    """(the metrics of every step, the gradients of the first, the router biases at the end, the trainer)."""
+    config = TrainConfig(
+        model=MODEL,
+        optimizer=OptimizerConfig(moment_dtype=dtype, clip_norm=0.1),
+        batch_size=16,
+        microbatch_size=8,
+        sequence_length=12,
+    )
+    sizes = meshes.parse(mesh)
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    trainer = Trainer(Decoder(MODEL, FLOAT32, remat="norms_and_up"), config, meshes.make(mesh, devices))
+    # Parameters are drawn in one precision and on one device, so that every run starts from the same ones.
+    params = jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)), jax.jit(trainer.spread.decoder(1.0).init)(jax.random.key(0)))
+    state = jax.jit(trainer.init, out_shardings=trainer.shardings)(params)
+    scheduled, rng, history = Scheduled(1e-3, 0.3, 1e-3), np.random.default_rng(0), []
+    for step in range(STEPS):
+        tokens = rng.integers(0, 96, (16, 13)).astype(np.int32)
+        mask = (rng.random((16, 12)) < np.linspace(0.3, 1, 16)[:, None]).astype(np.float32)  # devices have different numbers of targets
+        state, metrics = trainer.step(state, jax.device_put({"tokens": tokens, "loss_mask": mask}, trainer.batch_sharding), scheduled)
+        history.append(jax.device_get(metrics))
+        if step == 0:
+            gradients = jax.device_get(state.adam.mu)
+    biases = jax.device_get({k: state.params[k]["mlp"]["gate"]["e_score_correction_bias"] for k in ("moe_layers",)})
+    return history, gradients, biases, trainer
+
+
+def worst(found, expected) -> float:
+    """The largest difference of any leaf, relative to the largest value of that leaf."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(np.max(np.abs(np.asarray(a) - b)) / max(np.max(np.abs(b)), 1e-300)) for a, b in pairs)
+
+
+def compare(dtype: str, names: list[str]) -> list[dict]:
+    history, gradients, biases, _ = train("data=1", dtype)
+    rows = []
+    for name in names:
+        other, other_gradients, other_biases, trainer = train(name, dtype)
+        terms = [[{k: v for k, v in metrics.items() if k != "fill"} for metrics in run] for run in (other, history)]
+        row = {"mesh": name, "loss": worst(*terms), "gradient": worst(other_gradients, gradients), "bias": worst(other_biases, biases)}
+        rows.append(row | {"sizes": len(trainer._steps), "fill": max(float(m["fill"]) for m in other)})
+    return rows
+
+
+if __name__ == "__main__":
+    for row in compare(sys.argv[1], sys.argv[2:]):
+        print(json.dumps(row), flush=True)

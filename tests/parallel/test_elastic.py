@@ -1,0 +1,93 @@
+"""A run goes on on any mesh: what is kept lies on disk in one layout, whatever devices it lay on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax import checkpoint
+from dsv3_jax.config import OptimizerConfig, TrainConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.training.step import Trainer, TrainState
+from tests.parallel.compare_meshes import MODEL
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+def recipe():
+    return TrainConfig(
+        model=ModelConfig(
+            vocab_size=300, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, q_lora_rank=16,
+            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, moe_intermediate_size=16,
+            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, rope_scaling=None, max_position_embeddings=128,
+            initializer_range=0.05,
+        ),
+        data=DataConfig(corpus=("{corpus}",), cache="{corpus}/../cache"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, moment_dtype="float32"),
+        steps=9, sequence_length=32, batch_size=8, microbatch_size=4, checkpoint_every=3, eval_every=100,
+    )
+"""
+
+
+def trainer_on(mesh: str) -> Trainer:
+    config = TrainConfig(model=MODEL, optimizer=OptimizerConfig(ema_decay=0.9), batch_size=8, sequence_length=12)
+    sizes = meshes.parse(mesh)
+    return Trainer(Decoder(MODEL), config, meshes.make(mesh, jax.devices()[: int(np.prod(list(sizes.values())))]))
+
+
+def items(state: TrainState) -> dict:
+    return {"params": state.params, "adam": state.adam, "ema": state.ema}
+
+
+def test_every_mesh_reads_what_another_wrote(tmp_path):
+    trainer = trainer_on("data=2,expert=2")
+    params = jax.jit(Decoder(MODEL).init, out_shardings=trainer.shardings.params)(jax.random.key(0))
+    expected = jax.device_get(params)
+    down = params["moe_layers"]["mlp"]["experts"]["down_proj"]
+    assert down.addressable_shards[0].data.size * 4 == down.size  # experts over `expert`, masters over `data`
+    state = jax.jit(trainer.init, out_shardings=trainer.shardings)(params)
+    writer = checkpoint.Writer(tmp_path, {}, keep=1)
+    writer.save(1, items(state))
+    writer.wait()
+    for mesh in ("data=1", "expert=4", "data=2,expert=2x2"):
+        trainer = trainer_on(mesh)
+        abstract = items(jax.eval_shape(trainer.init, Decoder(MODEL).abstract_params()))
+        restored = checkpoint.open_run(tmp_path).load(
+            {name: checkpoint.with_shardings(tree, items(trainer.shardings)[name]) for name, tree in abstract.items()}
+        )
+        for found, wanted in zip(jax.tree.leaves(restored["params"]), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        assert restored["adam"].mu["embed"].sharding == trainer.shardings.adam.mu["embed"]
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_its_mesh_is_the_run_on_one_device(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        corpus.joinpath(f"{i}.py").write_text("".join(f"def f_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)))
+    recipe = tmp_path / "micro.py"
+    recipe.write_text(RECIPE.replace("{corpus}", str(corpus)))
+
+    def train(workdir, mesh, devices, steps):
+        """The run is stopped after `steps` by its last checkpoint: what comes later is set aside."""
+        command = [sys.executable, "train.py", str(recipe), "--workdir", str(tmp_path / workdir), "--mesh", mesh]
+        command += ["--fake-devices", str(devices), *steps]
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"XLA_FLAGS": ""}, timeout=500, capture_output=True, text=True)
+        lines = [json.loads(line) for line in (tmp_path / workdir / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    whole = train("whole", "data=1", 1, [])
+    train("first", "data=2,expert=2", 4, [])
+    train("second", "data=1", 1, ["--resume", str(tmp_path / "first" / "3")])
+    changed = train("third", "expert=4", 4, ["--resume", str(tmp_path / "second" / "6")])
+    first = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["loss"] for line in first if "loss" in line], whole, rtol=1e-5)
+    np.testing.assert_allclose(changed, whole[6:], rtol=1e-5)
