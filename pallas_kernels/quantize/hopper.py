@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.gemm import ROWS, swizzled
-from pallas_kernels.quantize.reference import exact_divide, tile_scales
+from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.divide import exact_divide_on
+from pallas_kernels.quantize.reference import tile_scales
+from pallas_kernels.quantize.transposed import transpose_quantize
 from pallas_kernels.quantized import BLOCK, E4M3, Quantized, num_blocks, pad_to
 
 TILE_ROWS = 64
@@ -50,6 +51,18 @@ def rmsnorm_quantize(x, weight, *, eps=1e-6, pow2=False, interpret=None):
     for _ in range(x.ndim - 2):
         run = jax.vmap(run)
     return run(x, norm)
+
+
+def requantize_transposed(q, group_sizes=None, *, pow2=False, interpret=None):
+    return transpose_quantize(q.values, q.stored_scales, group_sizes, pow2=pow2, interpret=interpret)
+
+
+def quantize_both(x, group_sizes=None, *, pow2=False, interpret=None):
+    """Two kernels, each of which reads x; what is not of 16 bits is transposed by XLA."""
+    rows = quantize_tiles(x, pow2=pow2, interpret=interpret)
+    if x.dtype.itemsize != 2:
+        return rows, reference.quantize_both(x, group_sizes, pow2=pow2)[1]
+    return rows, transpose_quantize(x, None, group_sizes, pow2=pow2, interpret=interpret)
 
 
 def _over_leading_axes(x, function):
@@ -93,9 +106,9 @@ def _quantize(combine, first_blocks, pow2, interpret, x, by_row=None, by_column=
                 column = plgpu.load(smem["by_column"].at[pl.ds(i * BLOCK, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(0))
                 tiles += [*extra, lax.broadcast_in_dim(column, (TILE_ROWS, BLOCK), [1])]
             tile = combine(*tiles)
-            scale = tile_scales(jnp.max(jnp.abs(tile), axis=1), pow2=pow2, divide=_divide(ROW, interpret))
+            scale = tile_scales(jnp.max(jnp.abs(tile), axis=1), pow2=pow2, divide=exact_divide_on(ROW, interpret))
             spread = lax.broadcast_in_dim(scale, tile.shape, [0])
-            smem["values"][i] = _divide(plgpu.Layout.WGMMA, interpret)(tile, spread).astype(E4M3)
+            smem["values"][i] = exact_divide_on(plgpu.Layout.WGMMA, interpret)(tile, spread).astype(E4M3)
             smem["scales"][i] = scale
             plgpu.commit_smem()
             columns = pl.ds((block + i) * BLOCK, BLOCK)
@@ -125,27 +138,3 @@ def _quantize(combine, first_blocks, pow2, interpret, x, by_row=None, by_column=
         interpret=interpret,
     )(x, *factors)
     return Quantized(values[:rows, : k // len(first_blocks)], scales[:, :rows], "tiles")
-
-
-def _divide(layout, interpret):
-    """Division that rounds once. Mosaic's own is `div.full`, which is up to two units off; the interpreter's is exact."""
-    if interpret is not None:
-        return exact_divide
-
-    def divide(x, y):
-        @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
-        def exact(_, x, y):
-            return x._pointwise(_divide_registers, y)
-
-        return exact(x, plgpu.layout_cast(y, layout))  # a constant has no layout yet
-
-    return divide
-
-
-def _divide_registers(x, y):
-    if not isinstance(x.type, ir.VectorType):
-        return llvm.inline_asm(x.type, [x, y], "div.rn.f32 $0, $1, $2;", "=f,f,f")
-    for i in range(ir.VectorType(x.type).shape[0]):
-        quotient = _divide_registers(vector.extract(x, [], [i]), vector.extract(y, [], [i]))
-        x = vector.insert(quotient, x, [], [i])
-    return x

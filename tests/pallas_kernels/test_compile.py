@@ -49,6 +49,8 @@ def cases():
         yield f"quantize-{rows}-{cols}", pk.quantize_tiles, (array(rows, cols),)
         yield f"swiglu-{rows}-{cols}", pk.swiglu_quantize, (array(rows, cols),)
         yield f"rmsnorm-{rows}-{cols}", pk.rmsnorm_quantize, (array(rows, cols), array(cols))
+        yield f"requantize-{rows}-{cols}", pk.requantize_transposed, (tiles(rows, cols), sizes(4))
+        yield f"both-{rows}-{cols}", pk.quantize_both, (array(rows, cols),)
 
 
 def accumulate(op):
@@ -61,6 +63,7 @@ COMPILED = [
     *(f"dense-{m}-{n}-{k}" for m, n, k in [(64, 7168, 16384), (64, 4096, 7168), (64, 32768, 512), (128, 24576, 1536), (128, 7168, 2048)]),
     *("dense-4096-2112-7168", "dense-4096-7168-16384", "grouped-4x8192-4096-7168", "grouped-256x256-4096-7168", "masked-32x4096-4096-7168"),
     *("wgrad-7168-4096-8192", "grouped-wgrad-4x8192-4096-7168", "quantize-4096-7168", "swiglu-4096-7168", "rmsnorm-4096-7168"),
+    "requantize-4096-7168",
 ]
 
 

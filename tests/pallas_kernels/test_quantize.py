@@ -90,16 +90,17 @@ def test_rmsnorm(run):
 
 @pytest.mark.parametrize("sizes", [None, [130, 0, 1, 69], [0, 0, 0, 200]])
 @pytest.mark.parametrize("op", ["requantize_transposed", "quantize_both"])
-def test_transposed(op, sizes):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((200, 136)), jnp.float32)
+@pytest.mark.parametrize("find", [functools.partial(getattr, pk), interpreted], ids=["reference", "hopper"])
+def test_transposed(find, op, sizes):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((200, 136)), jnp.bfloat16)
     groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
     if op == "quantize_both":
-        rows, q = pk.quantize_both(x, groups)
+        rows, q = find(op)(x, groups)
         np.testing.assert_array_equal(codes(rows), codes(pk.quantize_tiles(x)))
-        x = np.asarray(x)
+        x = np.asarray(x, np.float32)
     else:
         source = pk.quantize_tiles(x)
-        q, x = pk.requantize_transposed(source, groups), np.asarray(source.dequantize())
+        q, x = find(op)(source, groups), np.asarray(source.dequantize())
     want = np.zeros((136, q.shape[1]))
     start = row = 0
     for size in sizes or [200]:

@@ -1,0 +1,79 @@
+"""On a Hopper GPU (-m gpu): the kernels against float32 products at DeepSeek-V3's shapes, and exact codes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import bench
+from pallas_kernels.grouped_matmul import reference as grouped_reference
+from pallas_kernels.matmul import reference as dense_reference
+from pallas_kernels.matmul import shapes
+from pallas_kernels.wgrad import reference as wgrad_reference
+
+pytestmark = pytest.mark.gpu
+LIMIT = {jnp.bfloat16: 2e-3, jnp.float32: 3e-4}
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize(("m", "n", "k"), [*shapes.MNK, (13, 200, 300), (1000, 2112, 7168)])
+def test_dense(m, n, k, dtype):
+    a, b = bench.tiles(0, m, k), bench.blocks(1, n, k)
+    want = dense_reference.fp8_matmul(a, b, out_dtype=jnp.float32)
+    for sms in (None, 112):
+        got = pk.fp8_matmul(a, b, out_dtype=dtype, num_sms=sms, implementation="hopper")
+        assert bench.relative_error(got, want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("sizes", [[1000, 0, 1, 3095], [0, 4096, 0, 0], [1024] * 4, [7, 127, 129, 3833]])
+def test_grouped(sizes, dtype):
+    a, b = bench.tiles(0, 4096, 2048), bench.blocks(1, 4, 7168, 2048)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    want = jax.jit(functools.partial(grouped_reference.grouped_fp8_matmul, out_dtype=jnp.float32))(a, b, sizes)
+    assert bench.relative_error(pk.grouped_fp8_matmul(a, b, sizes, out_dtype=dtype), want) < LIMIT[dtype]
+
+
+def test_grouped_rows_past_the_groups_are_zero():
+    a, b = bench.tiles(0, 4096, 2048), bench.blocks(1, 4, 7168, 2048)
+    got = jax.jit(pk.grouped_fp8_matmul)(a, b, jnp.asarray([100, 0, 3, 1000], jnp.int32))
+    assert not np.any(np.asarray(got[1103:].astype(jnp.float32)))
+
+
+def test_masked():
+    a, b = bench.tiles(0, 8, 256, 2048), bench.blocks(1, 8, 7168, 2048)
+    counts = jnp.asarray([256, 0, 1, 64, 65, 130, 7, 255], jnp.int32)
+    valid = jnp.arange(256)[None, :, None] < counts[:, None, None]
+    got = jnp.where(valid, pk.masked_fp8_matmul(a, b, counts), 0)
+    assert bench.relative_error(got, grouped_reference.masked_fp8_matmul(a, b, counts, out_dtype=jnp.float32)) < 2e-3
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_wgrad(accumulate):
+    sizes = jnp.asarray([1000, 0, 1, 3095], jnp.int32)
+    a, b = (pk.requantize_transposed(bench.tiles(seed, 4096, width), sizes) for seed, width in ((0, 4096), (1, 2048)))
+    start = bench.normal(2, 4, 4096, 2048, dtype=jnp.float32) if accumulate else None
+    want = wgrad_reference.grouped_fp8_wgrad(a, b, sizes, start)
+    assert bench.relative_error(pk.grouped_fp8_wgrad(a, b, sizes, accumulate=start), want) < 3e-4
+    start = None if start is None else start[0]
+    assert bench.relative_error(pk.fp8_wgrad(a, b, accumulate=start), wgrad_reference.fp8_wgrad(a, b, start)) < 3e-4
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("op", ["quantize_tiles", "quantize_blocks", "requantize_transposed", "quantize_both"])
+def test_codes_are_those_of_the_cpu(op, pow2):
+    x = bench.normal(0, 1000, 1536)
+    cpu = jax.devices("cpu")[0]
+    operand = pk.quantize_tiles(x) if op == "requantize_transposed" else x
+    got = getattr(pk, op)(operand, pow2=pow2)
+    want = getattr(pk, op)(jax.device_put(operand, cpu), pow2=pow2)
+    jax.tree.map(lambda g, w: np.testing.assert_array_equal(np.asarray(g).view(np.uint8), np.asarray(w).view(np.uint8)), got, want)
+
+
+def test_a_nan_stays_in_its_row():
+    a, b = bench.normal(0, 256, 2048).at[5, 7].set(jnp.nan), bench.blocks(1, 7168, 2048)
+    finite = np.isfinite(np.asarray(pk.fp8_matmul(pk.quantize_tiles(a), b).astype(jnp.float32)))
+    assert not finite[5].any() and np.delete(finite, 5, axis=0).all()
