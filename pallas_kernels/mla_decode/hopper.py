@@ -26,7 +26,8 @@ from pallas_kernels.platform import device_sms
 
 ROWS = 64  # of a tile: heads times new tokens, the M of one wgmma
 HALF = LATENT // 2  # value columns of one warpgroup
-REGISTERS = {"float": (240, 24), "fp8": (200, 104)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
+REGISTERS = {"float": (240, 24), "fp8": (216, 72)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
+WGMMA_OPERAND = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 ROW_VECTOR = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 
 
@@ -56,17 +57,17 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
             jax.ShapeDtypeStruct((2 * num_parts, tiles * ROWS), jnp.float32),
         ),
         scratch_types=dict(
-            q_smem=plgpu.SMEM((1, ROWS, LATENT + ROPE), jnp.bfloat16),
-            left_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16),
-            right_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16),
-            rope_smem=plgpu.SMEM((2, PAGE_SIZE, ROPE), jnp.bfloat16),
-            p1_smem=plgpu.SMEM((1, ROWS, PAGE_SIZE), jnp.bfloat16),
+            q_smem=plgpu.SMEM((1, ROWS, LATENT + ROPE), jnp.bfloat16, transforms=WGMMA_OPERAND),
+            left_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND),
+            right_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND),
+            rope_smem=plgpu.SMEM((2, PAGE_SIZE, ROPE), jnp.bfloat16, transforms=WGMMA_OPERAND),
+            p1_smem=plgpu.SMEM((1, ROWS, PAGE_SIZE), jnp.bfloat16, transforms=WGMMA_OPERAND),
             rows_smem=plgpu.SMEM((4, ROWS), jnp.float32),  # running maxima m0, m1 and, at the end, both sums
             q_full=plgpu.Barrier(),
             q_empty=plgpu.Barrier(num_arrivals=2),
             left_full=plgpu.Barrier(num_barriers=2),
             left_empty=plgpu.Barrier(num_barriers=2),
-            right_full=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            right_full=plgpu.Barrier(num_arrivals=1 if fp8 else 2, num_barriers=2),
             right0_empty=plgpu.Barrier(num_arrivals=2),  # both warpgroups read P0, which lies in it
             right1_empty=plgpu.Barrier(),
             p_full=plgpu.Barrier(num_barriers=2),
@@ -127,6 +128,7 @@ def _attend(
     fp8 = len(kv_gmem) == 3
     tile, part, warpgroup = (lax.axis_index(name) for name in ("tile", "part", "warpgroup"))
     tile_rows = pl.ds(tile * ROWS, ROWS)
+
     first_sequence, first_block = bounds_gmem[part, 0], bounds_gmem[part, 1]
     last_sequence, last_block = bounds_gmem[part + 1, 0], bounds_gmem[part + 1, 1]
     num_segments = last_sequence - first_sequence + (last_block > 0).astype(jnp.int32)
@@ -163,7 +165,9 @@ def _attend(
         return jnp.where(key < limit, s, -jnp.inf)
 
     def clear_unused(values, used):
-        """Zeroes the rows of a page behind the sequence's end: they may hold NaN, and NaN * 0 is NaN."""
+        """Zeroes the rows of a page behind the sequence's end: they may hold NaN, and NaN * 0 is NaN. FP8 pages were cleared when read."""
+        if fp8:
+            return
 
         @pl.when(used < PAGE_SIZE)
         def _():
@@ -295,36 +299,44 @@ def _attend(
     def right_empty(slot):
         return right1_empty if slot else right0_empty
 
-    def load_page(page, slot, reused):
+    def load_page(page, slot, reused, used):
+        del used  # what lies behind it is cleared after it has landed
+
         wait_if(reused, left_empty.at[slot])
         plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(0, HALF)], left_smem.at[slot], left_full.at[slot])
         wait_if(reused, right_empty(slot))
         plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(HALF, HALF)], right_smem.at[slot], right_full.at[slot])
         plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(LATENT, ROPE)], rope_smem.at[slot], right_full.at[slot])
 
-    def load_fp8_page(page, slot, reused):
+    def load_fp8_page(page, slot, reused, used):
         codes_gmem, scales_gmem, rope_gmem = kv_gmem
         layout = plgpu.Layout.WGMMA_UPCAST_4X  # eight neighbours a lane
 
         def load_tile(i):
-            codes = plgpu.load(codes_gmem.at[page, :, pl.ds(i * TILE, TILE)], layout=layout)
-            scales = plgpu.load(scales_gmem.at[page, :, LATENT // 4 + i], layout=layout.reduce(1))
+            codes = plgpu.load(codes_gmem.at[page, :, pl.ds(i * TILE, TILE)], layout=layout, optimized=False)
+            scales = plgpu.load(scales_gmem.at[page, :, LATENT // 4 + i], layout=layout.reduce(1), optimized=False)
             return codes, scales
 
-        def dequantise(tiles, ref):
-            for i, (codes, scales) in enumerate(tiles):
-                values = codes.astype(jnp.float32) * lax.broadcast_in_dim(scales, codes.shape, [0])
-                ref.at[:, pl.ds(i * TILE, TILE)][...] = values.astype(jnp.bfloat16)
-            plgpu.commit_smem()
+        def dequantise(tile, ref):
+            codes, scales = tile
+            values = codes.astype(jnp.float32) * lax.broadcast_in_dim(scales, codes.shape, [0])
+            token = plgpu.broadcasted_iota(jnp.int32, codes.shape, 0, layout=layout)
+            ref[...] = jnp.where(token < used, values.astype(jnp.bfloat16), jnp.zeros_like(values, jnp.bfloat16))
 
-        tiles = [load_tile(i) for i in range(LATENT // TILE)]  # all in flight before the first wait
-        wait_if(reused, left_empty.at[slot])
-        dequantise(tiles[:2], left_smem.at[slot])
-        plgpu.barrier_arrive(left_full.at[slot])
-        wait_if(reused, right_empty(slot))
-        plgpu.copy_gmem_to_smem(rope_gmem.at[page, :, pl.ds((LATENT + 16) // 2, ROPE)], rope_smem.at[slot], right_full.at[slot])
-        dequantise(tiles[2:], right_smem.at[slot])
-        plgpu.barrier_arrive(right_full.at[slot])
+        # One tile is on its way while another is dequantised; more would not fit the registers.
+        tiles = [load_tile(0)]
+        halves = (left_smem, left_empty.at[slot], left_full), (right_smem, right_empty(slot), right_full)
+        for half, (half_smem, empty, full) in enumerate(halves):
+            wait_if(reused, empty)
+            for i in range(2):
+                if len(tiles) < LATENT // TILE:
+                    tiles.append(load_tile(len(tiles)))
+                dequantise(tiles[2 * half + i], half_smem.at[slot, :, pl.ds(i * TILE, TILE)])
+            if half == 1:
+                columns = pl.ds((LATENT + 16) // 2, ROPE)  # behind 512 codes and 16 bytes of scales
+                rope_smem.at[slot][...] = plgpu.load(rope_gmem.at[page, :, columns], layout=layout, optimized=False)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full.at[slot])
 
     def load():
         plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][1], action="decrease")
@@ -339,7 +351,8 @@ def _attend(
                 for slot in range(2):
                     # An odd last page is loaded twice, masked the second time. Bad entries are clipped into the pool.
                     page = jnp.clip(table_gmem[sequence, jnp.minimum(2 * block + slot, last_page)], 0, num_pages - 1)
-                    (load_fp8_page if fp8 else load_page)(page, slot, done > 0)
+                    used = length - block * BLOCK - slot * PAGE_SIZE
+                    (load_fp8_page if fp8 else load_page)(page, slot, done > 0, used)
                 return done + 1
 
             return lax.fori_loop(low, high, load_block, done)
