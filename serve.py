@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         option("--prompt-tokens", type=int, default=256, help="mean (sharegpt) or most (random)")
         option("--answer-tokens", type=int, default=128, help="mean (sharegpt) or most (random)")
         option("--seed", type=int, default=0)
-        return parser.parse_args(argv[1:])
+        return parser.parse_args(argv[1:], argparse.Namespace(bench=True))
 
     mode = parser.add_argument_group("what to do (default: a chat)").add_mutually_exclusive_group()
     mode.add_argument("--prompt", help="answer this")
@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     http.add_argument("--port", type=int, default=8000)
     http.add_argument("--api-key", help="clients must send it; default the environment variable DSV3_API_KEY")
     http.add_argument("--model-name", help="default the folder's name")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv, argparse.Namespace(bench=False))
     if bool(options.input) != bool(options.output):
         parser.error("--input and --output belong together")
     return options

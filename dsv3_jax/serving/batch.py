@@ -158,7 +158,7 @@ class _Run:
                     self.api.engine.add(request)
                     self._owner[request] = pending
             except UserError as error:
-                self._drop(pending, error)
+                pending.record = _record(pending.line, None, error_body(error))
             else:
                 pending.job = job
                 pending.completions = {request: Completion(request) for request in job.requests}
@@ -180,12 +180,6 @@ class _Run:
         """Records whose turn it is."""
         while self.waiting and self.waiting[0].record is not None:
             yield self.waiting.popleft().record
-
-    def _drop(self, pending: _Pending, error: UserError) -> None:
-        for request in [request for request, owner in self._owner.items() if owner is pending]:
-            self.api.engine.abort(request)
-            del self._owner[request]
-        pending.record = _record(pending.line, None, error_body(error))
 
 
 def _encode(record: dict) -> bytes:

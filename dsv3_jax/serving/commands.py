@@ -1,10 +1,15 @@
 """What `serve.py` does once its options are known: one prompt, a batch file, a chat, HTTP, a benchmark."""
 
 import argparse
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
+import rich.console
 import rich.progress
 
 from dsv3_jax.errors import UserError
@@ -19,19 +24,66 @@ _PROMPT_TOKENS = 256  # of an answer to --prompt, if --max-tokens does not say
 
 def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     """The exit status. The engine is made late: wrong options are refused before a model is loaded."""
+    if options.bench:
+        from dsv3_jax.serving import bench
+
+        use_compile_cache()
+        engine = make_engine()
+        compile_all(engine)
+        return bench.run(engine, options)
     if options.input and not options.input.is_file():
         raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
+    socket = None
+    if options.http:
+        from dsv3_jax.serving import http  # its packages are an extra
+
+        socket = http.listen(options.host, options.port)
+    use_compile_cache()
     engine = make_engine()
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
     defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
     api = Api(engine, options.model_name or options.model.resolve().name, defaults)
     if options.input:
         return batch(api, options)
-    if engine.tokenizer is None:
+    if engine.tokenizer is None and not options.http:
         raise UserError(f"{options.model} has no tokenizer: only --input with prompts of token ids can be answered")
+    if options.http:
+        log_to_stderr()
+        compile_all(engine)
+        http.serve_http(api, socket, api_key=options.api_key or os.environ.get("DSV3_API_KEY"))
+        return 0
     if options.prompt is not None:
         return prompt(api, options)
     return chat(api, options)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "dsv3_jax" / "compiled"))
+
+
+def log_to_stderr() -> None:
+    """What the server logs; the root logger is other packages' affair."""
+    log = logging.getLogger("dsv3_jax.serving")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def compile_all(engine: Engine) -> None:
+    """Compiles every shape, with a progress bar on a terminal."""
+    start = time.monotonic()
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress("compiling", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), console=console) as bar:
+        bar.disable = not console.is_terminal
+        task = bar.add_task("", total=None)
+        for done, total in engine.compile():
+            bar.update(task, completed=done, total=total)
+    print(f"{total} shapes compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 
 def batch(api: Api, options: argparse.Namespace) -> int:

@@ -95,8 +95,6 @@ class Engine:
         )
         self.stats = Stats()
         self._eos = {config.eos_token_id} | ({tokenizer.eos_id} if tokenizer else set())
-        self._texts: dict[Request, TextStream] = {}
-        self._shapers: dict[Request, Shaper] = {}
         self._finished: list[_Step] = []  # of the step before, whose text is not out yet
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -110,29 +108,34 @@ class Engine:
             raise InvalidParameter(f"the prompt has token ids outside the vocabulary 0..{self.config.vocab_size - 1}", "prompt")
         return tokens
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises UserError for one that can never run."""
-        params = request.params
+    def prepare(self, request: Request) -> None:
+        """Checks a request and makes what its answer needs, beside the engine's work: any thread may call it before `add`.
+
+        Raises UserError for a request that can never run.
+        """
+        params, vocab_size = request.params, self.config.vocab_size
         if self.tokenizer is None and (params.stop or params.json_schema is not None):
             raise UserError("stop texts and JSON schemas need a tokenizer, and this model has none")
-        if any(not 0 <= token < self.config.vocab_size for token, _ in params.logit_bias):
-            raise InvalidParameter(f"logit_bias has token ids outside the vocabulary 0..{self.config.vocab_size - 1}", "logit_bias")
-        shaper = None
+        if any(not 0 <= token < vocab_size for token, _ in params.logit_bias):
+            raise InvalidParameter(f"logit_bias has token ids outside the vocabulary 0..{vocab_size - 1}", "logit_bias")
+        self.scheduler.check(request)
+        if self.tokenizer is not None:
+            request.text = TextStream(self.tokenizer, params.stop)
         if is_shaped(params):
             matcher = None if params.json_schema is None else self._grammars.matcher(params.json_schema)
-            shaper = Shaper(params, self.config.vocab_size, matcher)
+            request.shaper = Shaper(params, vocab_size, matcher)
+        request.is_prepared = True
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises as `prepare`."""
+        if not request.is_prepared:
+            self.prepare(request)
         self.scheduler.add(request)
-        if shaper is not None:
-            self._shapers[request] = shaper
-        if self.tokenizer is not None:
-            self._texts[request] = TextStream(self.tokenizer, request.params.stop)
 
     def abort(self, request: Request) -> None:
         """Drops a request and frees its pages; it has no further output."""
         if request.finish_reason is None:
             self.scheduler.finish(request, "abort")
-        self._texts.pop(request, None)
-        self._shapers.pop(request, None)
         self._finished = [step for step in self._finished if step.request is not request]
 
     def compile(self) -> Iterator[tuple[int, int]]:
@@ -151,7 +154,7 @@ class Engine:
         """Starts the next step on the device and returns the output of the one before, whose text is made meanwhile."""
         work = self.scheduler.schedule()
         result = self.runner.run(work, self._bias(work)) if work else None
-        outputs = [output for step in self._finished if (output := self._emit(step))]
+        outputs = [self._emit(step) for step in self._finished]
         self._finished = self._collect(work, result) if work else []
         return outputs
 
@@ -161,7 +164,7 @@ class Engine:
             params = [dataclasses.replace(params, seed=derive_seed(params.seed, index)) for index in range(len(prompts))]
         requests = [Request(self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
         for request in requests:
-            self.scheduler.check(request)
+            self.prepare(request)
         for request in requests:
             self.add(request)
         completions = {request: Completion(request) for request in requests}
@@ -171,7 +174,7 @@ class Engine:
         return list(completions.values())
 
     def _bias(self, work: Work) -> dict[int, np.ndarray]:
-        return {row: self._shapers[r].bias(r) for row, r in enumerate(work.requests) if r in self._shapers}
+        return {row: request.shaper.bias(request) for row, request in enumerate(work.requests) if request.shaper}
 
     def _collect(self, work: Work, result: Result) -> list[_Step]:
         """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
@@ -198,7 +201,7 @@ class Engine:
                     reason = "stop"
                 elif request.num_new_tokens == request.params.max_new_tokens:
                     reason = "length"
-                if (shaper := self._shapers.get(request)) and shaper.push(token):
+                if request.shaper and request.shaper.push(token):
                     reason = reason or "stop"
                 if reason:
                     break
@@ -207,14 +210,13 @@ class Engine:
             self.scheduler.cached(request, len(request.tokens) - 1)
             if reason:
                 self.scheduler.finish(request, reason)
-                self._shapers.pop(request, None)
             steps.append(_Step(request, tokens, _logprobs(request, tokens, row, *sampled[1:])))
         return steps
 
     def _emit(self, step: _Step) -> Output:
         """The text of a step; a stop text ends the request."""
         request = step.request
-        if (stream := self._texts.get(request)) is None:
+        if (stream := request.text) is None:
             return Output(request, step.tokens, "", step.logprobs, request.finish_reason)
         text, stopped, used = "", False, 0
         for token in step.tokens:
@@ -228,10 +230,7 @@ class Engine:
         if stopped:
             if request.finish_reason is None:
                 self.scheduler.finish(request, "stop")
-                self._shapers.pop(request, None)
             request.finish_reason = "stop"
-        if request.finish_reason is not None:
-            del self._texts[request]
         return Output(request, step.tokens[:used], text, step.logprobs[:used], request.finish_reason)
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving.engine import Engine
-from dsv3_jax.serving.request import MAX_LOGPROBS, Completion, InvalidParameter, Request, SamplingParams, TokenLogprob, derive_seed
-from dsv3_jax.serving.text import split_reasoning, tool_calls
+from dsv3_jax.serving.request import MAX_LOGPROBS, Completion, InvalidParameter, Output, Request, SamplingParams, TokenLogprob, derive_seed
+from dsv3_jax.serving.text import ReasoningSplitter, hold_tool_calls, split_reasoning, tool_calls
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _MAX_CHOICES = 128
@@ -165,7 +165,7 @@ class Api:
         if len(requests) > _MAX_CHOICES:
             raise InvalidParameter(f"{len(requests)} answers in one request: at most {_MAX_CHOICES}", "n")
         for request in requests:
-            self.engine.scheduler.check(request)
+            self.engine.prepare(request)
         options = values.get("stream_options", {})
         return Job(
             url,
@@ -254,7 +254,7 @@ class Api:
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if reasoning is not None:
             message["reasoning_content"] = reasoning
-        if job.tools and (calls := tool_calls(content, job.id)):
+        if job.tools and (calls := tool_calls(content, f"{job.id}_{index}")):
             message |= {"content": content[: calls[0]].strip() or None, "tool_calls": calls[1]}
             choice["finish_reason"] = "tool_calls"
         if with_logprobs:
@@ -269,7 +269,7 @@ class Api:
                 {"content": [self._chat_logprob(entry) for entry in logprobs]} if job.is_chat else self._completion_logprobs(logprobs)
             )
         choice |= {"delta": delta} if job.is_chat else delta
-        return self._head(job, streamed=True) | {"choices": [choice]}
+        return self._head(job, streamed=True) | {"choices": [choice]} | ({"usage": None} if job.include_usage else {})
 
     def usage_chunk(self, job: Job, completions: list[Completion]) -> dict:
         """The last piece of a stream whose client asked for usage."""
@@ -295,6 +295,33 @@ class Api:
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
             "top_logprobs": [{self._token_text(token): _finite(value) for token, value in entry.top} for entry in entries],
         }
+
+
+class DeltaStream:
+    """The deltas of one streamed answer: its text cut into what a client is told piece by piece."""
+
+    def __init__(self, job: Job, index: int):
+        self._job, self._index = job, index
+        self._reasoning = ReasoningSplitter(job.reasoning)
+        self._calls = ""  # text from where tool calls may begin
+
+    def push(self, output: Output) -> tuple[dict, str | None]:
+        """(delta, finish reason) after an output of the engine."""
+        last = output.finish_reason is not None
+        if not self._job.is_chat:
+            return {"text": output.text}, output.finish_reason
+        reasoning, content = self._reasoning.push(output.text, last=last)
+        delta: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
+        reason = output.finish_reason
+        if self._job.tools:
+            content, self._calls = hold_tool_calls(self._calls + content)
+            if last and (calls := tool_calls(self._calls, f"{self._job.id}_{self._index}")):
+                delta["tool_calls"], reason = [{"index": i} | call for i, call in enumerate(calls[1])], "tool_calls"
+            elif last:
+                content += self._calls
+        if content:
+            delta["content"] = content
+        return delta, reason
 
 
 def error_body(error: UserError, kind: str = "invalid_request_error") -> dict:

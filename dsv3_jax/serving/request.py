@@ -85,6 +85,10 @@ class Request:
     prefilling: bool = True
     draft: int | None = None  # the token that the MTP module expects after the last one
     finish_reason: str | None = None  # "stop" | "length" | "abort"
+    text: Any = None  # its TextStream, if there is a tokenizer
+    shaper: Any = None  # what it adds to the logits, if anything
+    is_prepared: bool = False
+    admitted: float | None = None  # when it first left the queue (time.monotonic)
 
     def __post_init__(self):
         self.prompt = [int(token) for token in self.prompt]

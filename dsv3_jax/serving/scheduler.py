@@ -6,6 +6,7 @@ youngest running request gives its pages back and starts again later from its pr
 oldest one is thus never held up, and no request is larger than the pool: every request ends.
 """
 
+import time
 from collections import deque
 from typing import NamedTuple
 
@@ -69,8 +70,7 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Puts a request at the end of the queue; raises as `check`."""
-        self.check(request)
+        """Puts a request that `check` has let pass at the end of the queue."""
         self.waiting.append(request)
 
     def schedule(self) -> Work | None:
@@ -119,6 +119,7 @@ class Scheduler:
             request.page_keys, request.num_cached, request.prefilling = keys[: len(found)], len(found) * PAGE_SIZE, True
             self.prefix_queries += len(request.tokens)
             self.prefix_hits += request.num_cached
+            request.admitted = request.admitted or time.monotonic()
             self.running.append(request)
 
     def _prefill(self, prefilling: list[Request]) -> Work:

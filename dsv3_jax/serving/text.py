@@ -54,21 +54,22 @@ class ReasoningSplitter:
         reasoning = ""
         if self._state == "inside":
             reasoning, tag, rest = self._held.partition("</think>")
-            if tag:
-                self._state, self._held = "after", rest.lstrip("\n")
-            else:
+            if not tag:
                 keep = 0 if last else next((n for n in range(7, 0, -1) if reasoning.endswith("</think>"[:n])), 0)
                 reasoning, self._held = reasoning[: len(reasoning) - keep], reasoning[len(reasoning) - keep :]
                 return reasoning, ""
+            self._state, self._held = "gap", rest
+        if self._state == "gap":  # line breaks between the tag and the answer belong to neither
+            self._held = self._held.lstrip("\n")
+            self._state = "after" if self._held else "gap"
         content, self._held = self._held, ""
         return reasoning, content
 
 
 def split_reasoning(text: str, inside: bool) -> tuple[str | None, str]:
     """(reasoning or None where there is none, content) of a whole answer."""
-    splitter = ReasoningSplitter(inside)
-    reasoning, content = splitter.push(text, last=True)
-    return (reasoning.strip("\n") if inside or reasoning else None), content
+    reasoning, content = ReasoningSplitter(inside).push(text, last=True)
+    return (reasoning if inside or reasoning else None), content
 
 
 # DeepSeek's tool calls, as its chat templates write them: V3 and R1 put "function", the name and fenced JSON, V3.1 name and JSON.
@@ -80,14 +81,22 @@ _TOOL_CALL = re.compile(
 )
 
 
-def tool_calls(content: str, job_id: str) -> tuple[int, list[dict]] | None:
-    """Where the tool calls of an answer begin, and the calls in OpenAI's form; None if it has none."""
+def hold_tool_calls(content: str) -> tuple[str, str]:
+    """(what is certainly not part of tool calls, the rest) of a growing text."""
+    start = content.find(_TOOL_CALLS)
+    if start < 0:
+        start = len(content) - next((n for n in range(len(_TOOL_CALLS) - 1, 0, -1) if content.endswith(_TOOL_CALLS[:n])), 0)
+    return content[:start], content[start:]
+
+
+def tool_calls(content: str, prefix: str) -> tuple[int, list[dict]] | None:
+    """Where the tool calls of an answer begin, and the calls in OpenAI's form, ids starting with `prefix`; None if it has none."""
     start = content.find(_TOOL_CALLS)
     if start < 0:
         return None
     calls = [
         {
-            "id": f"call_{job_id}_{index}",
+            "id": f"call_{prefix}_{index}",
             "type": "function",
             "function": {"name": (call["name"] or call["name2"]).strip(), "arguments": call["arguments"] or call["arguments2"]},
         }

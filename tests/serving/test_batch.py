@@ -17,7 +17,7 @@ from dsv3_jax.serving.openai import Api
 def api(chatty):
     engine = Engine(chatty.decoder, chatty.params, tokenizer=chatty.tokenizer, max_length=256, num_pages=16, max_batch=8, prefill_tokens=64)
     yield Api(engine, "tiny")
-    assert engine.pool.num_free == engine.pool.num_pages and not engine.has_work and not engine._texts and not engine._shapers
+    assert engine.pool.num_free == engine.pool.num_pages and not engine.has_work
 
 
 def write(path, lines):

@@ -2,7 +2,7 @@
 
 import random
 
-from dsv3_jax.serving.text import TextStream
+from dsv3_jax.serving.text import ReasoningSplitter, TextStream, hold_tool_calls, split_reasoning, tool_calls
 
 
 class Characters:
@@ -51,3 +51,46 @@ def test_text_is_held_back_only_while_it_may_be_a_stop():
     out, stopped = stream_all(["x", "a", "c", "a", "b"], ["ab"])
     assert (out, stopped) == (["x", "", "ac", "", ""], True)
     assert stream_all(["hello", " wor", "ld"], []) == (["hello", " wor", "ld", ""], False)
+
+
+def test_reasoning_is_split_off_however_the_text_is_cut():
+    rng = random.Random(1)
+    for text, inside, expected in [
+        ("<think>a b</think>\n\nhello", False, ("a b", "hello")),
+        ("\n<think>a</think>x</think>", False, ("a", "x</think>")),
+        ("still thinking</thi", True, ("still thinking</thi", "")),
+        ("so</think>yes", True, ("so", "yes")),
+        ("no <think>thoughts</think>", False, ("", "no <think>thoughts</think>")),
+        ("<thin", False, ("", "<thin")),
+        ("", False, ("", "")),
+    ]:
+        for _ in range(30):
+            cuts = sorted(rng.choices(range(len(text) + 1), k=3))
+            splitter = ReasoningSplitter(inside)
+            parts = [splitter.push(text[i:j]) for i, j in zip([0, *cuts], [*cuts, len(text)])] + [splitter.push("", last=True)]
+            assert ("".join(r for r, _ in parts), "".join(c for _, c in parts)) == expected
+        assert split_reasoning(text, inside) == (expected[0] if expected[0] or inside else None, expected[1])
+
+
+CALLS = (
+    'Let me see.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>\n'
+    '<｜tool▁call▁begin｜>mul<｜tool▁sep｜>{"b": 2}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
+
+
+def test_tool_calls_of_both_releases():
+    start, calls = tool_calls(CALLS, "x")
+    assert CALLS[:start] == "Let me see."
+    assert [call["function"] for call in calls] == [{"name": "add", "arguments": '{"a": 1}'}, {"name": "mul", "arguments": '{"b": 2}'}]
+    assert len({call["id"] for call in calls}) == 2
+    assert tool_calls("no calls", "x") is None
+
+
+def test_tool_calls_are_held_back_while_streaming():
+    for size in (1, 3, 7, 50):
+        told, held = "", ""
+        for i in range(0, len(CALLS), size):
+            more, held = hold_tool_calls(held + CALLS[i : i + size])
+            told += more
+        assert told == "Let me see." and tool_calls(held, "x")
+    assert hold_tool_calls("a < b") == ("a < b", "")

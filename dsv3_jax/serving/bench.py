@@ -1,0 +1,86 @@
+"""How fast an engine is: made-up requests, all at once or at a rate, and what they waited for."""
+
+import argparse
+import time
+
+import numpy as np
+import rich.table
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.serving.engine import Engine
+from dsv3_jax.serving.request import Request, SamplingParams
+
+
+def lengths(kind: str, mean: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """random: even within 1..mean; sharegpt: log-normal with that mean and the spread of chats (sigma 1.1)."""
+    if kind == "random":
+        return rng.integers(1, mean + 1, count)
+    return np.maximum(rng.lognormal(np.log(mean) - 1.1**2 / 2, 1.1, count), 1).astype(int)
+
+
+def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
+    """Greedy requests of random tokens, cut to the context."""
+    rng, longest = np.random.default_rng(options.seed), engine.scheduler.longest_request
+    if options.requests < 1 or longest < 2:
+        raise UserError(f"{options.requests} requests within {longest} tokens: there must be one request and two tokens at least")
+    prompts = np.minimum(lengths(options.lengths, options.prompt_tokens, options.requests, rng), longest - 1)
+    answers = np.minimum(lengths(options.lengths, options.answer_tokens, options.requests, rng), longest - prompts)
+    return [
+        Request(
+            rng.integers(0, engine.config.vocab_size, prompt).tolist(),
+            SamplingParams(max_new_tokens=int(answer), temperature=0, ignore_eos=True),
+        )
+        for prompt, answer in zip(prompts, answers)
+    ]
+
+
+def run(engine: Engine, options: argparse.Namespace) -> int:
+    """Prints tokens a second, times to the first and between tokens, cache use. Returns 1 if pages are missing at the end."""
+    requests = make_requests(engine, options)
+    rng = np.random.default_rng(options.seed + 1)
+    gaps = rng.exponential(1 / options.rate, len(requests)) if options.rate else np.zeros(len(requests))
+    arrivals = np.cumsum(gaps)
+    first: dict[Request, float] = {}
+    last: dict[Request, float] = {}
+    between: list[float] = []
+    usage, due, start = [], 0, time.monotonic()
+    while due < len(requests) or engine.has_work:
+        now = time.monotonic() - start
+        while due < len(requests) and arrivals[due] <= now:
+            engine.add(requests[due])
+            due += 1
+        if not engine.has_work:
+            time.sleep(max(arrivals[due] - now, 0))
+            continue
+        outputs, now = engine.step(), time.monotonic() - start
+        usage.append(1 - engine.pool.num_free / engine.pool.num_pages)
+        for output in outputs:
+            if output.request in last:
+                between += [(now - last[output.request]) / len(output.tokens)] * len(output.tokens)
+            first.setdefault(output.request, now)
+            last[output.request] = now
+    seconds = time.monotonic() - start
+    to_first = [first[request] - arrival for request, arrival in zip(requests, arrivals)]
+
+    table = rich.table.Table("measure", "value")
+    prompt_tokens = sum(len(request.prompt) for request in requests)
+    rows = {
+        "requests": f"{len(requests)} in {seconds:.1f} s",
+        "prompt tokens": f"{prompt_tokens} ({prompt_tokens / seconds:.1f}/s)",
+        "generated tokens": f"{engine.stats.generated_tokens} ({engine.stats.generated_tokens / seconds:.1f}/s)",
+        "time to first token p50 / p99": f"{_ms(to_first, 50)} / {_ms(to_first, 99)} ms",
+        "between tokens p50 / p99": f"{_ms(between, 50)} / {_ms(between, 99)} ms",
+        "cache use mean / most": f"{np.mean(usage):.1%} / {np.max(usage):.1%}",
+        "preemptions": str(engine.scheduler.num_preemptions),
+    }
+    if engine.stats.drafted:
+        rows["drafts accepted"] = f"{engine.stats.accepted / engine.stats.drafted:.1%}"
+    rows["pages free at the end"] = f"{engine.pool.num_free} of {engine.pool.num_pages}"
+    for row in rows.items():
+        table.add_row(*row)
+    rich.print(table)
+    return int(engine.pool.num_free != engine.pool.num_pages)
+
+
+def _ms(seconds: list[float], percentile: int) -> str:
+    return f"{1000 * np.percentile(seconds, percentile):.1f}" if seconds else "-"

@@ -1,0 +1,53 @@
+"""The chat in the terminal and the benchmark."""
+
+import io
+import os
+
+import pytest
+
+import serve
+
+SMALL = [
+    "--max-batch",
+    "8",
+    "--max-length",
+    "256",
+    "--prefill-tokens",
+    "64",
+    "--cache-tokens",
+    "1024",
+]  # shapes that other tests compile too
+
+
+@pytest.fixture
+def folder(chatty, tmp_path):
+    """A model folder with a chat template."""
+    for path in chatty.path.iterdir():
+        os.symlink(path, tmp_path / path.name)
+    (tmp_path / "chat_template.jinja").write_text(chatty.tokenizer.chat_template)
+    return tmp_path
+
+
+def test_a_chat_remembers_what_was_said(folder, capsys, monkeypatch):
+    def chat(*lines):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        assert serve.main([str(folder), "--max-tokens", "12", "--temperature", "0", *SMALL]) == 0
+        return capsys.readouterr().out
+
+    once, twice = chat("hello"), chat("hello", "", "hello")
+    assert twice.startswith(once) and len(twice) > len(once)
+    assert twice != once + once, "the second answer must know the first"
+
+
+def test_the_benchmark_reports(plain, capsys):
+    argv = ["bench", str(plain.path), "--requests", "6", "--rate", "200", "--prompt-tokens", "40", "--answer-tokens", "10", *SMALL]
+    assert serve.main(argv) == 0
+    out = capsys.readouterr().out
+    for words in ("generated tokens", "time to first token p50 / p99", "16 of 16"):
+        assert words in out, out
+
+
+def test_help_is_quick_and_whole(capsys):
+    with pytest.raises(SystemExit) as stop:
+        serve.main(["--help"])
+    assert stop.value.code == 0 and "--speculate" in capsys.readouterr().out

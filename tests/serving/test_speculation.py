@@ -1,0 +1,132 @@
+"""Speculation with the MTP module changes no token; the FP8 cache changes log-probabilities by little.
+
+With random weights a draft is never right. The model here has weak layers and an MTP module that mostly hands the embedding of the newest
+token on: it repeats what the main model does without its layers, and is right often, not always.
+"""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.model import Decoder
+from dsv3_jax.serving import Engine, SamplingParams
+
+
+def make(model, *, free_pages=16, **options):
+    engine = Engine(model.decoder, model.params, **dict(max_length=256, num_pages=16, max_batch=8, prefill_tokens=64) | options)
+    for _ in range(16 - free_pages):  # a smaller pool would be other programs to compile
+        engine.pool.allocate()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def model(with_mtp):
+    def weaken(path, x):
+        return x * 0.1 if {"o_proj", "down_proj"} & {key.key for key in path} else x
+
+    params = jax.tree_util.tree_map_with_path(weaken, with_mtp.params)
+    size = with_mtp.config.hidden_size
+    params["lm_head"] = params["lm_head"] * 20  # probabilities far from equal
+    params["mtp"] = params["mtp"] | {"eh_proj": np.concatenate([np.eye(size), np.zeros((size, size))], axis=1, dtype=np.float32)}
+    return SimpleNamespace(decoder=with_mtp.decoder, params=params, prompts=with_mtp.ids200[0])
+
+
+def answers(model, params, prompts, **options):
+    engine = make(model, **options)
+    free = engine.pool.num_free
+    tokens = [completion.tokens for completion in engine.generate(prompts, params)]
+    assert engine.pool.num_free == free
+    return tokens, engine
+
+
+GREEDY = SamplingParams(max_new_tokens=80, temperature=0, ignore_eos=True)
+DRAWN = SamplingParams(max_new_tokens=80, temperature=1.0, top_p=0.9, seed=5, ignore_eos=True)
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_answers_are_the_same_with_and_without(model, params):
+    prompts = [model.prompts[i : i + 30 + 11 * i].tolist() for i in range(6)]
+    expected, _ = answers(model, params, prompts)
+    for options in (dict(), dict(free_pages=5)):
+        tokens, engine = answers(model, params, prompts, speculate=True, **options)
+        assert tokens == expected
+        assert 0.1 < engine.stats.accepted / engine.stats.drafted < 0.99, "the test needs drafts of both kinds"
+        assert engine.stats.generated_tokens == 6 * 80
+        assert (engine.scheduler.num_preemptions > 0) == ("free_pages" in options)
+
+
+def test_oracle_tokens_with_speculation(with_mtp):
+    tokens, _ = answers(with_mtp, dataclasses.replace(GREEDY, max_new_tokens=32), with_mtp.prompts.tolist(), speculate=True)
+    assert tokens == with_mtp.greedy_tokens.tolist()
+
+
+def test_requests_with_penalties_do_not_speculate(model):
+    params = [dataclasses.replace(GREEDY, frequency_penalty=1.0), GREEDY]
+    prompts = [model.prompts[:20].tolist()] * 2
+    expected, _ = answers(model, params, prompts)
+    tokens, engine = answers(model, params, prompts, speculate=True)
+    assert tokens == expected and tokens[0] != tokens[1] and engine.stats.accepted > 0
+
+
+def test_speculative_draws_follow_the_distribution(model):
+    """Three tokens of two choices each, against the product of their probabilities."""
+    prompt, draws = model.prompts[:20].tolist(), 1000
+    params = [SamplingParams(max_new_tokens=3, temperature=1.5, top_k=2, seed=seed, ignore_eos=True) for seed in range(draws)]
+    tokens, engine = answers(model, params, [prompt] * draws, speculate=True)
+    assert engine.stats.accepted > 50
+    seen, expected = {}, {(): 1.0}
+    for answer in tokens:
+        seen[tuple(answer)] = seen.get(tuple(answer), 0) + 1
+    logits_of = jax.jit(model.decoder.logits)
+    for length in range(3):
+        longer = {}
+        for answer, probability in expected.items():
+            row = np.zeros((1, 23), np.int32)
+            row[0, : 20 + length] = prompt + list(answer)
+            logits = np.asarray(logits_of(model.params, row))[0, 19 + length] / 1.5
+            pair = np.argsort(-logits)[:2]
+            chances = np.exp(logits[pair]) / np.exp(logits[pair]).sum()
+            longer |= {(*answer, int(token)): probability * chance for token, chance in zip(pair, chances)}
+        expected = longer
+    assert set(seen) <= set(expected)
+    for answer, probability in expected.items():  # five standard deviations of a binomial
+        assert abs(seen.get(answer, 0) / draws - probability) <= 5 * np.sqrt(probability * (1 - probability) / draws) + 1e-9
+
+
+def test_fp8_cache_is_near(with_mtp):
+    config = dataclasses.replace(with_mtp.config, kv_lora_rank=512, qk_rope_head_dim=64)
+    decoder = Decoder(config)
+    wide = SimpleNamespace(decoder=decoder, params=decoder.init(jax.random.key(0)))
+    wide.params["lm_head"] = wide.params["lm_head"] * 20
+    prompts = [with_mtp.ids200[0, i : i + 100].tolist() for i in range(0, 96, 16)]
+    params = dataclasses.replace(GREEDY, max_new_tokens=8, logprobs=20)
+    exact, near = (make(wide, fp8_cache=fp8, max_batch=1).generate(prompts, params) for fp8 in (False, True))
+    differences, spread = [], []
+    for a, b in zip(exact, near):
+        for x, y in itertools.takewhile(lambda pair: pair[0].token == pair[1].token, zip(a.logprobs, b.logprobs)):
+            differences += [abs(dict(y.top)[token] - value) for token, value in x.top if token in dict(y.top)]
+            spread.append(x.top[0][1] - x.top[-1][1])
+    assert len(differences) > 300 and 0 < np.mean(differences) < 0.03 * np.mean(spread), (np.mean(differences), np.mean(spread))
+
+
+def test_all_shapes_are_compiled_at_the_start(model):
+    from dsv3_jax.serving import runner
+
+    engine = make(model, max_batch=1, max_length=64, speculate=True)
+    progress = list(engine.compile())
+    assert progress == [(i, len(progress)) for i in range(1, len(progress) + 1)]
+    compiled = runner._forward._cache_size(), runner._draft._cache_size()
+    engine.generate([model.prompts[:n].tolist() for n in (1, 20, 50)], dataclasses.replace(GREEDY, max_new_tokens=10))
+    engine.generate([model.prompts[:50].tolist()], dataclasses.replace(GREEDY, max_new_tokens=14))
+    assert (runner._forward._cache_size(), runner._draft._cache_size()) == compiled
+
+
+def test_speculation_reports_its_acceptance(model):
+    _, engine = answers(model, GREEDY, [model.prompts[:20].tolist()], speculate=True)
+    stats = engine.stats
+    # The first token comes from the prefill; each draft adds one token, and one more if it is accepted.
+    assert stats.generated_tokens - 1 in (stats.drafted + stats.accepted, stats.drafted + stats.accepted - 1)
