@@ -1,0 +1,193 @@
+"""How far each product of a training step is from float64, by way of quantising: the recipe, and two that the report warns of.
+
+    python -m dsv3_jax.precision.study RUN --batches 6            # a checkpoint's weights on its held-out text
+
+A loss curve of a few thousand steps cannot tell a good recipe from a bad one; this can. The operands of every FP8 product (input, weight,
+output gradient) are caught by taps from a BF16 step on real text, and multiplied in float64, exactly and after quantising them:
+
+    recipe           the report's: tiles of 128 for activations and gradients, blocks of 128x128 for weights (§3.3.2)
+    per_tensor       one scale for each tensor
+    gradient_blocks  the recipe, but output gradients in blocks of 128x128, with which the report's 16B model diverged (appendix B.2)
+
+An error is the root mean square over rows (tokens of y and dx, outputs of dw) of |error of the row| / |row|: a row that is small beside
+its neighbours counts as much as they do, and is what coarse scales lose. A scheme stands out by z standard deviations: the difference of
+its mean log error from the recipe's, over products, in units of the recipe's standard deviation from batch to batch.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.model import Decoder
+from dsv3_jax.precision import BF16, FP8_WEIGHTS, Scales, Tap, attach
+from dsv3_jax.training.loss import loss_and_terms
+from pallas_kernels import quantize_blocks, quantize_tiles
+
+SCHEMES = ("recipe", "per_tensor", "gradient_blocks")
+PRODUCTS = ("y", "dx", "dw")
+
+
+class Operands(NamedTuple):
+    """Of one product in one layer: x [T, K], w [N, K], dy [T, N]."""
+
+    name: str
+    scales: Scales
+    x: jax.Array
+    w: jax.Array
+    dy: jax.Array
+
+
+def operands_of(decoder: Decoder) -> Callable[[dict, dict], Iterator[Operands]]:
+    """A function of (params, batch) that gives the operands of every FP8 product of a step; of the routed experts rows of each layer's
+    busiest one, as many as experts average."""
+    experts_per_token = decoder.config.num_experts_per_tok
+
+    def taps(params, tokens):
+        def tap(path, w):
+            stacked, grouped = path[0].key.endswith("_layers"), "experts" in [key.key for key in path]
+            shape, rows = w.shape[1:] if stacked else w.shape, tokens * (experts_per_token if grouped else 1)
+            zeros = Tap.zeros(rows, shape, decoder.recipe, grouped=grouped)
+            return jax.tree.map(lambda x: jnp.zeros((w.shape[0], *x.shape), x.dtype) if stacked else x, zeros)
+
+        return _only_fp8(params, tap)
+
+    @jax.jit
+    def catch(params, batch):
+        def loss(taps):
+            return loss_and_terms(decoder, attach(params, taps), batch, mtp_loss_weight=0.3, balance_loss_weight=1e-4)
+
+        caught, terms = jax.grad(loss, has_aux=True)(taps(params, batch["tokens"][:, 1:].size))
+        return caught, terms["load"]
+
+    def operands(params, batch):
+        caught, loads = catch(params, batch)
+        loads = np.asarray(loads).astype(int)  # [L, E], the MTP layer last
+        for path, stash in jax.tree.leaves_with_path(caught, is_leaf=lambda x: isinstance(x, Tap)):
+            keys = [key.key for key in path]
+            name, stacked = keys[-1].removesuffix("_tap"), keys[0].endswith("_layers")
+            w = params
+            for key in [*keys[:-1], name]:
+                w = w[key]
+            for layer in range(w.shape[0]) if stacked else [None]:
+                x, dy, w_one = (leaf if layer is None else leaf[layer] for leaf in (stash.x, stash.dy, w))
+                label = "/".join([keys[0], *([] if layer is None else [str(layer)]), *keys[1:-1], name])
+                if "experts" in keys:
+                    load = loads[-1 if layer is None else layer]
+                    expert = int(load.argmax())
+                    first = int(load[:expert].sum())
+                    rows = slice(first, first + len(x) // len(load))
+                    x, dy, w_one = x[rows], dy[rows], w_one[expert]
+                yield Operands(label, FP8_WEIGHTS[name], x, w_one.reshape(-1, w_one.shape[-1]), dy)
+
+    return operands
+
+
+def errors(operands: Operands) -> dict[str, dict[str, float]]:
+    """{scheme: {"y" | "dx" | "dw": error}} of one product."""
+    _, scales, *arrays = operands
+    quantised = _quantised(*arrays, scales)
+    with jax.enable_x64(True):
+        return jax.tree.map(float, _errors(*arrays, quantised))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _quantised(x, w, dy, scales):
+    """Of each scheme the operands as float32: x and w of y, dy of dx, dy and x of dw."""
+    tiles = lambda v, pow2=False: quantize_tiles(v, pow2=pow2).dequantize()  # noqa: E731
+    blocks = lambda v: quantize_blocks(v).dequantize()  # noqa: E731
+    x_tiles = tiles(x, scales.input)
+    x_tokens = tiles(x_tiles.T, scales.input).T  # dequantised, transposed, quantised again
+    dy_tokens = tiles(dy.T, scales.gradient).T
+    return {
+        "recipe": (x_tiles, blocks(w), tiles(dy, scales.gradient), dy_tokens, x_tokens),
+        "per_tensor": (_per_tensor(x), _per_tensor(w), _per_tensor(dy), _per_tensor(dy), _per_tensor(x)),
+        "gradient_blocks": (x_tiles, blocks(w), blocks(dy), blocks(dy), x_tokens),
+    }
+
+
+@jax.jit
+def _errors(x, w, dy, quantised):
+    wide = lambda *arrays: [a.astype(jnp.float64) for a in arrays]  # noqa: E731
+    exact = _products(*wide(x, w, dy, dy, x))
+    return {scheme: {p: _error(ours, exact[p]) for p, ours in _products(*wide(*q)).items()} for scheme, q in quantised.items()}
+
+
+def study(steps: Iterator[Iterator[Operands]], report: Callable[[str], None] = print) -> dict:
+    """Errors of all products of several steps, and by how many standard deviations each scheme stands out from the recipe."""
+    found = [{operands.name: errors(operands) for operands in step} for step in steps]
+    names = list(found[0])
+    table = np.array(
+        [[[[one[name][s][p] for p in PRODUCTS] for name in names] for s in SCHEMES] for one in found]
+    )  # [step, scheme, name, p]
+    report(f"{'error against float64':52s}" + "".join(f"{s + ' ' + p:>20s}" for s in SCHEMES for p in PRODUCTS))
+    for index, name in enumerate(names):
+        report(f"{name:52s}" + "".join(f"{value:20.4%}" for value in table.mean(0)[:, index].reshape(-1)))
+    mean_log = np.log(table).mean(2)  # [step, scheme, p]
+    spread = mean_log[:, 0].std(0, ddof=1)
+    z = {s: dict(zip(PRODUCTS, ((mean_log[:, i] - mean_log[:, 0]).mean(0) / spread).tolist())) for i, s in enumerate(SCHEMES) if i}
+    for scheme, by_product in z.items():
+        report(f"{scheme} stands out from the recipe by " + ", ".join(f"{value:.1f} ({p})" for p, value in by_product.items()) + " sd")
+    return {"products": names, "schemes": SCHEMES, "errors": table.tolist(), "standard_deviations": z}
+
+
+def _products(x, w, dy, dy_of_dw, x_of_dw):
+    return {"y": x @ w.T, "dx": dy @ w, "dw": dy_of_dw.T @ x_of_dw}
+
+
+def _error(ours, exact):
+    size = jnp.linalg.norm(exact, axis=-1)
+    ratio = jnp.where(size > 0, jnp.linalg.norm(ours - exact, axis=-1) / size, 0)
+    return jnp.sqrt(jnp.sum(ratio**2) / jnp.sum(size > 0))
+
+
+def _per_tensor(v):
+    scale = jnp.max(jnp.abs(v)).astype(jnp.float32) / 448
+    return (v.astype(jnp.float32) / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+
+
+def _only_fp8(params, tap):
+    taps: dict = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if path[-1].key in FP8_WEIGHTS:
+            inner = taps
+            for key in path[:-1]:
+                inner = inner.setdefault(key.key, {})
+            inner[path[-1].key + "_tap"] = tap(path, leaf)
+    return taps
+
+
+def main() -> None:
+    import dsv3_jax
+    from dsv3_jax.checkpoint import open_run
+    from dsv3_jax.data.corpus import Corpus
+
+    parser = argparse.ArgumentParser(description="Errors of FP8 products against float64 on a checkpoint's weights and held-out text.")
+    parser.add_argument("run", help="a run folder of train.py")
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=1, help="sequences a batch")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--output", help="write all errors as JSON here")
+    arguments = parser.parse_args()
+    model, config = dsv3_jax.load(arguments.run), open_run(arguments.run).config
+    needed = arguments.batches * arguments.rows * (arguments.length + 1)
+    tokens: list[int] = []
+    for document in Corpus(config["data"]["corpus"], heldout_fraction=config["data"]["heldout_fraction"]).documents("heldout"):
+        tokens += model.tokenizer.encode(document.text)
+        if len(tokens) >= needed:
+            break
+    batches = np.resize(np.array(tokens, np.int32), (arguments.batches, arguments.rows, arguments.length + 1))
+    operands = operands_of(Decoder(model.config, BF16, remat="layer"))
+    result = study(operands(model.params, {"tokens": jnp.asarray(batch)}) for batch in batches)
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main()

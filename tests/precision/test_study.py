@@ -1,0 +1,70 @@
+"""The study tells scales apart: on operands with the outliers and the range that training has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.precision import BF16, Scales
+from dsv3_jax.precision.study import Operands, errors, operands_of, study
+
+
+def with_a_range_of_tokens(seed):
+    """Gradients of tokens that are well predicted are a million times smaller than those of others; a few input channels are huge."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x, w, dy = (jax.random.normal(key, shape) for key, shape in zip(keys, ((256, 256), (128, 256), (256, 128))))
+    x = x.at[:, :2].mul(3e5)
+    return Operands("toy", Scales(), x, w, dy * 10.0 ** jax.random.uniform(keys[3], (256, 1), minval=-6, maxval=0))
+
+
+def test_coarse_scales_stand_out():
+    found = [errors(with_a_range_of_tokens(seed)) for seed in range(4)]
+    by = lambda scheme, product: np.array([one[scheme][product] for one in found])  # noqa: E731
+    recipe = {product: by("recipe", product) for product in ("y", "dx", "dw")}
+    assert np.all(recipe["dx"] < np.sqrt(2) * 2**-4)  # the bound of two roundings to e4m3
+    for scheme in ("per_tensor", "gradient_blocks"):
+        assert (by(scheme, "dx") - recipe["dx"]).mean() > 5 * recipe["dx"].std(ddof=1), scheme
+    np.testing.assert_array_equal(by("gradient_blocks", "y"), recipe["y"])  # it differs in gradients alone
+
+    lines = []
+    result = study(iter([[with_a_range_of_tokens(seed)] for seed in range(4)]), lines.append)
+    assert len(lines) == 1 + 1 + 2 and np.array(result["errors"]).shape == (4, 3, 1, 3)
+    z = (np.log(by("per_tensor", "dx")) - np.log(recipe["dx"])).mean() / np.log(recipe["dx"]).std(ddof=1)
+    assert np.isclose(result["standard_deviations"]["per_tensor"]["dx"], z)
+
+
+def test_the_operands_caught_are_those_of_the_step():
+    config = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=0,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        num_nextn_predict_layers=0,
+        initializer_range=0.1,
+    )
+    decoder = Decoder(config, BF16)
+    params = decoder.init(jax.random.key(0))
+    operands = list(operands_of(decoder)(params, {"tokens": jax.random.randint(jax.random.key(1), (1, 33), 0, 64)}))
+    caught = {one.name.removeprefix("moe_layers/0/"): one for one in operands}
+    assert set(caught) == {f"self_attn/{n}" for n in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")} | {
+        f"mlp/{who}/{n}" for who in ("experts", "shared_experts") for n in ("gate_up_proj", "down_proj")
+    }
+    attention = params["moe_layers"]["self_attn"]
+    np.testing.assert_array_equal(caught["self_attn/q_proj"].w, attention["q_proj"][0])
+    np.testing.assert_array_equal(caught["self_attn/q_proj"].x, caught["self_attn/kv_a_proj_with_mqa"].x)
+    assert caught["self_attn/q_proj"].dy.shape == (32, 2 * 16)
+    shared = caught["mlp/shared_experts/gate_up_proj"].x.astype(jnp.float32)
+    routed = caught["mlp/experts/gate_up_proj"].x.astype(jnp.float32)
+    assert all(np.any(np.all(np.asarray(shared) == row, axis=-1)) for row in np.asarray(routed[:4]))  # tokens of the shared expert's input
