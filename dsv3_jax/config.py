@@ -148,7 +148,8 @@ class TrainConfig:
     batch_size: int = 8  # sequences a step, over all devices
     batch_ramp_from: int | None = None  # sequences of the first step; grows to batch_size linearly in tokens
     batch_ramp_end: float = 469 / 14800  # where it is reached, as a fraction of the run's tokens
-    microbatch_size: int | None = None  # sequences a forward pass, over all devices; None: all (no gradient accumulation)
+    microbatch_size: int | None = None  # sequences a forward pass, over all devices; None: all, or in a pipeline one for each device
+    pipeline_schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipev"  # of the mesh axis pipe
     precision: Literal["auto", "float32", "bf16", "fp8", "fp8_reference"] = "auto"  # auto: bf16 on a GPU, float32 on a CPU
     remat: Literal["none", "layer", "norms_and_up"] = "layer"  # what the backward pass computes again
     seed: int = 0

@@ -23,7 +23,7 @@ from dsv3_jax.parallel.rank import Objective, OutputLoss, Rank
 from dsv3_jax.parallel.schedule import Schedule
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.spread import gather, reduce
-from dsv3_jax.parallel.stage import Layer, Stage, Weights
+from dsv3_jax.parallel.stage import Layer, Program, Stage, Weights
 from dsv3_jax.precision import attach
 
 
@@ -72,13 +72,15 @@ def value_and_grad(
         index, recipe = lax.axis_index("pipe"), decoder.recipe
         shared = jax.tree.map(gather, _shared(params), split_shared)
         stacks = {name: weights if recipe.fp8 else weights.for_products(recipe) for name, weights in _stacks(params).items()}
-        stages = []
+        programs, stages = {}, []
         for slots, row in zip(chunks, placement.to_rank(stacks, split_stacks, chunks, index)):
             layers = []
             for slot, weights in zip(slots, row):
-                shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), weights.large)
+                if slot.stack not in programs:
+                    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), weights.large)
+                    programs[slot.stack] = Program(decoder, slot.stack, shapes)
                 present = True if placement.NONE not in slot.layers else jnp.array(slot.layers)[index] != placement.NONE
-                layers.append(Layer(decoder, slot.stack, weights.for_products(recipe), shapes, present))
+                layers.append(Layer(programs[slot.stack], weights.for_products(recipe), present))
             stages.append(Stage(tuple(layers)))
         objective = Objective(output_loss, arguments, balance_weight, parts)
         sums = Rank(decoder, make_table(schedule), index, tuple(stages), shared, microbatches, objective).run()

@@ -121,7 +121,7 @@ class Rank:
         )
         float32 = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
         _, (terms, fill) = jax.eval_shape(self._output_loss, self.shared, x_BSD, batch)
-        layers = tuple(tuple(Weights(layer.weights.small, layer.shapes) for layer in stage.layers) for stage in self.stages)
+        layers = tuple(tuple(Weights(layer.weights.small, layer.program.shapes) for layer in stage.layers) for stage in self.stages)
         stats = tuple(tuple(s[:2] for s in gradient.stats) for gradient in gradients)
         return rings, float32(Sums(layers, self.shared, fill, terms, fill, stats))
 
@@ -238,7 +238,7 @@ class Rank:
 
     def _unpooled(self, p: int, pool: dict) -> tuple[Stash, ...]:
         waiting = {stack: iter(stashes) for stack, stashes in pool.items()}
-        return tuple(next(waiting[layer.stack]) for layer in self.stages[p].layers)
+        return tuple(next(waiting[layer.program.stack]) for layer in self.stages[p].layers)
 
     # Batches.
 
@@ -285,7 +285,7 @@ def _letters(table: Table) -> list[str]:
 def _by_stack(stage: Stage, stash: tuple[Stash, ...]) -> dict[str, list[Stash]]:
     stacks: dict[str, list[Stash]] = {}
     for layer, one in zip(stage.layers, stash, strict=True):
-        stacks.setdefault(layer.stack, []).append(one)
+        stacks.setdefault(layer.program.stack, []).append(one)
     return stacks
 
 

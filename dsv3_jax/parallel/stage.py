@@ -45,44 +45,66 @@ class Stash(NamedTuple):
     group_sizes: jax.Array
 
 
-class Layer:
-    """One layer on this rank, inside `shard_map`.
+class Program:
+    """A layer of a stack as a function of its parameters. Traced once, however many layers and actions run it."""
 
-    weights: for products; shapes: of the large weights (leaves with .shape) in the structure of Weights.large of masters; present: bool,
-    whether this rank has the layer (True: every rank has). It may differ along `pipe` only, so that its collectives are complete.
-    """
+    def __init__(self, decoder: Decoder, stack: str, shapes: dict):
+        self.decoder, self.stack, self.shapes, self.routed_rows = decoder, stack, shapes, None
+        self.run = jax.jit(self._run)
 
-    def __init__(self, decoder: Decoder, stack: str, weights: Weights, shapes: dict, present: Any):
-        self.decoder, self.stack, self.weights, self.shapes, self.present = decoder, stack, weights, shapes, present
-
-    def forward(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
-        return self._where_present(lambda x, where: self._run(self.weights.small, {}, x, where)[0], lambda x, where: x, x_BSD, where)
-
-    def differentiable(self, small: dict, taps: dict, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, RouterStats, jax.Array]:
+    def _run(self, small, large, taps, x_BSD, where) -> tuple[jax.Array, RouterStats, jax.Array]:
         """(output, statistics, group sizes); the cotangents of the taps are the stash."""
-        run = lambda *args: self._run(*args)  # noqa: E731
-        _, *others = jax.eval_shape(run, small, {}, x_BSD, where)
-        absent = lambda small, taps, x, where: (x, *zeros(others))  # noqa: E731
-        return self._where_present(run, absent, small, taps, x_BSD, where)
+        params = attach(small, large, taps)
+        if self.decoder.recipe.fp8:  # the products read the FP8 forms, which carry no shape of their masters: these are never read
+            params = attach(params, _rename(self.shapes, "", lambda _, shape: jnp.zeros(shape.shape, self.decoder.recipe.compute_dtype)))
+        layer = module.bind(self.decoder.modules[self.stack], params)
+        if self.stack == "dense_layers":
+            return *layer(x_BSD, where), jnp.zeros((0,), jnp.int32)
+        seen, exchange = [], layer.mlp.exchange
+        layer.mlp.exchange = lambda x, routing, experts: exchange(x, routing, _Watched(experts, seen))
+        y_BSD, stats = layer(x_BSD, where)
+        [(self.routed_rows, group_sizes)] = seen
+        return y_BSD, stats, group_sizes
 
-    def taps(self, x_BSD: jax.Array, where: Positions) -> dict:
+    def taps(self, weights: Weights, x_BSD: jax.Array, where: Positions) -> dict:
         """Zeros for every large weight."""
-        tokens, rows = x_BSD.shape[0] * x_BSD.shape[1], []
-        jax.eval_shape(lambda x, where: self._run(self.weights.small, {}, x, where, rows)[0], x_BSD, where)
+        jax.eval_shape(self.run, *weights, {}, x_BSD, where)  # tells the number of routed rows
 
         def tap(path, shape):
-            grouped = "experts" in path
-            return Tap.zeros(rows[0] if grouped else tokens, shape.shape, self.decoder.recipe, grouped=grouped)
+            rows = self.routed_rows if "experts" in path else x_BSD.shape[0] * x_BSD.shape[1]
+            return Tap.zeros(rows, shape.shape, self.decoder.recipe, grouped="experts" in path)
 
         return _rename(self.shapes, "_tap", tap)
 
+
+class Layer(NamedTuple):
+    """One layer on this rank, inside `shard_map`.
+
+    weights: for products. present: bool, whether this rank has the layer (True: every rank has). It may differ along `pipe` only, so that
+    its collectives are complete.
+    """
+
+    program: Program
+    weights: Weights
+    present: Any
+
+    def forward(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
+        present = lambda weights, x, where: self.program.run(*weights, {}, x, where)[0]  # noqa: E731
+        return self._where_present(present, lambda weights, x, where: x, self.weights, x_BSD, where)
+
+    def differentiable(self, small: dict, taps: dict, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, RouterStats, jax.Array]:
+        """`Program.run`; without a layer the input and zeros."""
+        args = small, self.weights.large, taps, x_BSD, where
+        _, *others = jax.eval_shape(self.program.run, *args)
+        return self._where_present(self.program.run, lambda small, large, taps, x, where: (x, *zeros(others)), *args)
+
     def add_weight_gradients(self, sums: dict, stash: Stash) -> dict:
-        """sums (float32, in the structure of the shapes) plus the gradients that the stash holds."""
+        """sums (float32, in the structure of the large masters) plus the gradients that the stash holds."""
 
         def add(sums, stash):
             def of(path, total):
                 tap, sizes = _lookup(stash.taps, path, "_tap"), stash.group_sizes if "experts" in path else None
-                return total + weight_gradient(tap, total.shape, sizes, self.decoder.recipe)
+                return total + weight_gradient(tap, total.shape, sizes, self.program.decoder.recipe)
 
             return _rename(sums, "", of)
 
@@ -90,23 +112,6 @@ class Layer:
 
     def _where_present(self, run, otherwise, *args):
         return run(*args) if self.present is True else lax.cond(self.present, run, otherwise, *args)
-
-    def _run(self, small, taps, x_BSD, where, rows=None):
-        params = attach(small, self.weights.large, taps)
-        if self.decoder.recipe.fp8:  # the products read the FP8 forms, which carry no shape of their masters: these are never read
-            params = attach(params, _rename(self.shapes, "", lambda _, shape: jnp.zeros(shape.shape, self.decoder.recipe.compute_dtype)))
-        layer = module.bind(self.decoder.modules[self.stack], params)
-        sizes = jnp.zeros((0,), jnp.int32)
-        if self.stack == "moe_layers":
-            seen = []
-            exchange = layer.mlp.exchange
-            layer.mlp.exchange = lambda x, routing, experts: exchange(x, routing, _Watched(experts, seen))
-        y_BSD, stats = layer(x_BSD, where)
-        if self.stack == "moe_layers":
-            [(num_rows, sizes)] = seen
-            if rows is not None:
-                rows.append(num_rows)
-        return y_BSD, stats, sizes
 
 
 class _Watched:
@@ -155,7 +160,7 @@ class Stage(NamedTuple):
             return (x, [s.balance_loss for s in stats]), (tuple(stats), sizes)
 
         small = tuple(layer.weights.small for layer in self.layers)
-        taps = tuple(layer.taps(x_BSD, where) for layer in self.layers)
+        taps = tuple(layer.program.taps(layer.weights, x_BSD, where) for layer in self.layers)
         (_, balance), transpose, (stats, sizes) = jax.vjp(run, x_BSD, small, taps, has_aux=True)
         dx_BSD, d_small, operands = transpose((dy_BSD, [balance_weight.astype(b.dtype) for b in balance]))
         return InputGradient(dx_BSD, d_small, tuple(map(Stash, operands, sizes)), stats)

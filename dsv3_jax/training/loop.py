@@ -28,7 +28,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision.recipe import check_devices, recipe
-from dsv3_jax.training import schedules
+from dsv3_jax.training import pipeline, schedules
 from dsv3_jax.training.metrics import MetricsLog, Progress, load_max_over_mean
 from dsv3_jax.training.step import Trainer, TrainState
 
@@ -65,7 +65,7 @@ class Run:
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": _POSITION})["data"] if self.resumed_from else _POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
-        self.prepared = _prepare(config, directory, position["rows"])
+        self.prepared = _prepare(config, directory, position["rows"], self.resumed_from)
         self.loader = Loader(
             self.prepared.directory,
             seed=config.seed,
@@ -225,7 +225,7 @@ def _items(state: TrainState) -> dict:
     return {"params": state.params, "train_state": train_state} | ({"ema": state.ema} if state.ema is not None else {})
 
 
-def _prepare(config: TrainConfig, directory: Path, rows: str) -> Prepared:
+def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: checkpoint.Saved | None) -> Prepared:
     """The rows, made or found, and the tokenizer, which goes into the run folder for whoever loads the run.
 
     rows: the name of those a run began with, which it must go on with; '' for a new run.
@@ -233,6 +233,7 @@ def _prepare(config: TrainConfig, directory: Path, rows: str) -> Prepared:
     data = config.data
     cache = Path(data.cache) if data.cache else directory / "data"
     if rows and (cache / rows / "meta.json").exists():
+        Tokenizer.load(resumed_from.directory.parent / "tokenizer").save(directory / "tokenizer")
         return Prepared.open(cache / rows)  # whatever has become of the corpus
     corpus = Corpus(data.corpus, heldout_fraction=data.heldout_fraction)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else train_tokenizer(corpus, config.model.vocab_size, cache)
@@ -249,10 +250,11 @@ def _prepare(config: TrainConfig, directory: Path, rows: str) -> Prepared:
 
 
 def _check_mesh(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    if mesh.shape["pipe"] > 1:
-        raise UserError(f"mesh {config.mesh!r}: training spreads over the axes data and expert so far: give pipe=1")
     batches = {name: getattr(config, name) for name in ("batch_size", "batch_ramp_from", "microbatch_size")}
     meshes.check(mesh.shape, config.model, batches)
+    if mesh.shape["pipe"] > 1:
+        for num_rows in (config.batch_size, config.batch_ramp_from or config.batch_size):
+            pipeline.schedule(config, mesh.shape, num_rows)
 
 
 def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | None:

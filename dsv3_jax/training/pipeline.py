@@ -1,15 +1,34 @@
 """The loss of training/loss.py and its gradients, computed by a pipeline (parallel/executor.py)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dsv3_jax.config import TrainConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
-from dsv3_jax.parallel import executor
-from dsv3_jax.parallel.schedule import Schedule
+from dsv3_jax.parallel import executor, placement
+from dsv3_jax.parallel.mesh import num_expert_parts
+from dsv3_jax.parallel.schedule import Schedule, build
 from dsv3_jax.training import loss
+
+
+def schedule(config: TrainConfig, sizes: Mapping[str, int], num_rows: int) -> Schedule:
+    """The schedule of a step of so many rows on a mesh of those sizes: microbatches of config.microbatch_size, or of a row a device.
+
+    Raises UserError, with the nearest valid choice, where rows, layers or ranks do not fit it.
+    """
+    devices = sizes["data"] * num_expert_parts(sizes)
+    microbatch = config.microbatch_size or devices
+    try:
+        made = build(config.pipeline_schedule, num_ranks=sizes["pipe"], num_microbatches=num_rows // microbatch)
+    except ValueError as error:
+        raise UserError(f"{error} (a step of {num_rows} sequences in microbatches of {microbatch})") from None
+    placement.place(config.model, made)
+    return made
 
 
 def pipeline_value_and_grad(

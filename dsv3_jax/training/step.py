@@ -1,6 +1,7 @@
 """One training step, a pure function of (state, batch, what is scheduled); jitted, the state donated.
 
-What here happens to one device's rows (`_gradients`) is spread over a mesh by dsv3_jax/parallel/spread.py.
+What here happens to one device's rows (`_gradients`) is spread over a mesh by dsv3_jax/parallel/spread.py; over a mesh with more than one
+rank of `pipe` a pipeline computes the gradients (training/pipeline.py).
 """
 
 import functools
@@ -16,7 +17,7 @@ from dsv3_jax.parallel.buffers import Buffers
 from dsv3_jax.parallel.mesh import make
 from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision.weights import attach, quantize_params
-from dsv3_jax.training import loss, optimizer, router_bias
+from dsv3_jax.training import loss, optimizer, pipeline, router_bias
 from dsv3_jax.training.schedules import Scheduled
 
 
@@ -91,9 +92,12 @@ class Trainer:
     def _step(self, decoder: Decoder, state: TrainState, batch: dict, scheduled: Scheduled) -> tuple[TrainState, dict]:
         options = self.config.optimizer
         weights, biases = router_bias.split(state.params)
-        count = max(1, len(batch["tokens"]) // (self.config.microbatch_size or len(batch["tokens"])))
-        local = functools.partial(self._gradients, decoder, count)
-        gradients, total, terms = self.spread.gradients(local)(weights, biases, batch, scheduled)
+        if self.spread.mesh.shape["pipe"] > 1:
+            gradients, total, terms = self._pipelined_gradients(decoder, weights, biases, batch, scheduled)
+        else:
+            count = max(1, len(batch["tokens"]) // (self.config.microbatch_size or len(batch["tokens"])))
+            local = functools.partial(self._gradients, decoder, count)
+            gradients, total, terms = self.spread.gradients(local)(weights, biases, batch, scheduled)
         norm = optax.tree.norm(gradients)
         clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, options.clip_norm / (norm + 1e-6)), gradients)
         updates, adam = self.optimizer.update(clipped, state.adam, weights, learning_rate=scheduled.learning_rate)
@@ -111,6 +115,22 @@ class Trainer:
         in_row = jnp.where(had_room, (state.skipped_in_row + 1) * bad, state.skipped_in_row)
         state = TrainState(params, adam, state.skipped + bad, in_row, ema)
         return state, {"loss": total, **terms, "grad_norm": norm, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+
+    def _pipelined_gradients(
+        self, decoder: Decoder, weights: dict, biases: dict, batch: dict, scheduled: Scheduled
+    ) -> tuple[Any, jax.Array, dict]:
+        """The same as `_gradients`, spread, by the pipeline."""
+        mesh = self.spread.mesh
+        total, terms, gradients = pipeline.pipeline_value_and_grad(
+            decoder,
+            attach(weights, biases),
+            batch,
+            pipeline.schedule(self.config, mesh.shape, len(batch["tokens"])),
+            mesh,
+            mtp_loss_weight=scheduled.mtp_loss_weight,
+            balance_loss_weight=self.config.optimizer.balance_loss_weight,
+        )
+        return router_bias.split(gradients)[0], total, terms
 
     def _gradients(
         self, decoder: Decoder, count: int, weights: dict, biases: dict, batch: dict, scheduled: Scheduled

@@ -79,12 +79,22 @@ def batch() -> dict:
     return {"tokens": tokens, "segment_ids": segments, "loss_mask": mask.astype(jnp.dtype(jnp.float32))}
 
 
+def parameters(decoder: Decoder) -> dict:
+    """Random, norms and selection biases too: as they are at first, one and zero, they would hide mistakes."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = str(path[-1].key)
+        values = 0.02 * rng.standard_normal(leaf.shape) if "bias" in name else 0.1 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(values + ("norm" in name), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, decoder.abstract_params())
+
+
 @functools.cache
 def on_one_device(precision: str, layers: int, count: int):
     decoder = Decoder(model(layers, 16), _recipe(precision))
-    params = jax.jit(decoder.init)(jax.random.key(0))
-    # Selection biases that matter: fresh ones are zero.
-    params["moe_layers"]["mlp"]["gate"]["e_score_correction_bias"] += 0.02 * jnp.arange(8)
+    params = parameters(decoder)
     over = jax.tree.map(lambda n: n / count, loss.num_targets(batch()))
     gradient_of = jax.jit(
         jax.value_and_grad(lambda params, part: loss.loss_and_terms(decoder, params, part, over=over, **WEIGHTS), has_aux=True)
