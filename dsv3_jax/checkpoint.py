@@ -78,6 +78,16 @@ class Saved:
         """The shapes and dtypes of an item of arrays, in its structure; none of them is read."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._metadata(item))
 
+    def leaf(self, path: tuple[str, ...], item: str = "params") -> jax.Array:
+        """One array of an item, on the first device; the others are not read. Files are not checked: `verify` them once before."""
+
+        def wanted(at, leaf):
+            return leaf if tuple(key.key for key in at) == path else ocp.PLACEHOLDER
+
+        abstract = jax.tree_util.tree_map_with_path(wanted, with_shardings(self.abstract(item)))
+        loaded = ocp.load_checkpointables(self.directory, {item: abstract})[item]
+        return next(leaf for leaf in jax.tree.leaves(loaded) if isinstance(leaf, jax.Array))
+
     def params(self, dtype: Any = None, shardings: Any = None, item: str = "params") -> dict:
         """The parameters as a pure dict of arrays, without the optimizer's state.
 

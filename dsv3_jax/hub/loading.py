@@ -21,6 +21,7 @@ from dsv3_jax.hub import config_json
 from dsv3_jax.hub.names import SCALE, Tensor, block_of_rows_and_columns, scale_shape, tensors_of
 from dsv3_jax.hub.safetensors_io import Stored, first_few, open_checkpoint
 from dsv3_jax.model import Decoder
+from dsv3_jax.precision.weights import SCALE as PARAMETER_SCALE
 from pallas_kernels.quantized import BLOCK, num_blocks
 
 _SLAB_BYTES = 512 * 2**20
@@ -58,7 +59,7 @@ def load(directory: str | Path, *, shardings: Any = None, dtype: Any = None, wei
             values, scales = _sources(parts, stored)
             if scales and weights == "stored":
                 target[path[-1]] = _array(shape, _E4M3, sharding, values, readers)
-                target[path[-1] + "_scale"] = _array(
+                target[path[-1] + PARAMETER_SCALE] = _array(
                     scale_shape(shape), np.dtype(np.float32), scale_sharding(sharding, shape), scales, readers
                 )
             else:

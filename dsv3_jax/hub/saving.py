@@ -1,6 +1,11 @@
-"""A model as a Hugging Face checkpoint: shards, index, config.json, generation_config.json, tokenizer. One tensor on the host at a time."""
+"""A model as a Hugging Face checkpoint: shards, index, config.json, generation_config.json, tokenizer.
 
+Tensors are made and written one at a time; nothing is held but the parameter they are parts of.
+"""
+
+import contextlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.hub import config_json
 from dsv3_jax.hub.names import SCALE, Tensor, stored_dtype, tensors, tensors_of
 from dsv3_jax.hub.safetensors_io import INDEX, SINGLE, Writer
+from dsv3_jax.precision.weights import SCALE as PARAMETER_SCALE
 from pallas_kernels import Quantized, quantize_blocks
 
 _SHARD_BYTES = 5 * 10**9
@@ -25,53 +31,63 @@ def save(model: Any, directory: str | Path, *, precision: str = "bfloat16") -> N
     keep their codes and scales. MTP layer, tokenizer and chat template included. An interrupted save has no config.json.
     Raises UserError where the directory is not empty or cannot be written, or a parameter is missing or wrongly shaped.
     """
+    write(model.config, model.params, lambda path: _at(model.params, path), model.tokenizer, Path(directory), precision)
+
+
+def write(
+    config: ModelConfig, shapes: dict, read: Callable[[tuple[str, ...]], Any], tokenizer: Any, directory: Path, precision: str
+) -> None:
+    """`save` for parameters that are read one at a time: `read(path)` gives an array (what `shapes` has there, with its values)."""
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
-    directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is not an empty directory: give a new one to save into")
+    parts = tensors_of(config)
+    for part in parts:
+        leaf = _at(shapes, part.path)
+        if leaf is None or tuple(leaf.shape[len(part.index) :]) != part.shape:
+            found = "missing" if leaf is None else f"{list(leaf.shape)}, not [..., {', '.join(map(str, part.shape))}]"
+            raise UserError(f"parameter {'/'.join(part.path)} is {found}: save a model with parameters of its own config")
     try:
-        save_weights(model.config, model.params, directory, precision)
-        if model.tokenizer is not None:
-            model.tokenizer.save(directory)
-        generation = {"_from_model_config": True, "bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_tensors(parts, tensors(config, precision=precision), shapes, read, directory, precision)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        generation = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         _write_json(directory / "generation_config.json", {name: value for name, value in generation.items() if value is not None})
-        _write_json(directory / "config.json", config_json.render(model.config, precision))  # last: without it nothing loads
+        _write_json(directory / "config.json", config_json.render(config, precision))  # last: without it nothing loads
     except OSError as error:
         raise UserError(f"cannot write into {directory} ({error.strerror}): make room or rights there and give a new directory") from error
 
 
-def save_weights(config: ModelConfig, params: dict, directory: Path, precision: str) -> None:
-    """The safetensors files. A parameter is anything with shape and dtype whose slices `np.asarray` reads, such as a jax.Array."""
-    parts = tensors_of(config)
-    leaves = {part.path: _leaf(params, part) for part in parts}
-    listed = tensors(config, precision=precision)
-    shards = _shards(parts, listed)
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        names = [name for part in shard for name in (part.name, part.name + SCALE) if name in listed]
-        files |= dict.fromkeys(names, file)
-        with Writer(directory / file, {name: listed[name] for name in names}) as writer:
-            for part in shard:
-                for name, value in _converted(part, *leaves[part.path], precision):
-                    writer.write(name, np.asarray(value))
+def _write_tensors(parts: list[Tensor], listed: dict, shapes: dict, read: Callable, directory: Path, precision: str) -> None:
+    """All files at once, parameter by parameter: a stacked parameter has its parts in many files, and is read once."""
+    shards, file_of, writers = _shards(parts, listed), {}, {}
+    with contextlib.ExitStack() as stack:
+        for number, shard in enumerate(shards, 1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            names = [name for part in shard for name in (part.name, part.name + SCALE) if name in listed]
+            file_of |= dict.fromkeys(names, file)
+            writers[file] = stack.enter_context(Writer(directory / file, {name: listed[name] for name in names}))
+        by_path: dict[tuple[str, ...], list[Tensor]] = {}
+        for part in parts:
+            by_path.setdefault(part.path, []).append(part)
+        for path, parts_of_leaf in by_path.items():
+            scale_path = (*path[:-1], path[-1] + PARAMETER_SCALE)
+            leaf, scales = read(path), read(scale_path) if _at(shapes, scale_path) is not None else None
+            for part in parts_of_leaf:
+                for name, value in _converted(part, leaf, scales, precision):
+                    writers[file_of[name]].write(name, np.asarray(value))
     if len(shards) > 1:
         total = sum(_size(entry) for entry in listed.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
 
 
-def _leaf(params: dict, part: Tensor) -> tuple[Any, Any]:
-    """The parameter that a tensor is part of, and its scales or None."""
-    tree = params
-    for key in part.path[:-1]:
-        tree = tree.get(key, {})
-    leaf = tree.get(part.path[-1])
-    if leaf is None or tuple(leaf.shape[len(part.index) :]) != part.shape:
-        found = "missing" if leaf is None else f"{list(leaf.shape)}, not [..., {', '.join(map(str, part.shape))}]"
-        raise UserError(f"parameter {'/'.join(part.path)} is {found}: save a model with parameters of its own config")
-    return leaf, tree.get(part.path[-1] + "_scale")
+def _at(tree: dict, path: tuple[str, ...]) -> Any:
+    """What lies at a path of a nested dict, or None."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _shards(parts: list[Tensor], listed: dict) -> list[list[Tensor]]:

@@ -1,0 +1,73 @@
+"""Converts checkpoints: `python -m dsv3_jax.hub to-orbax HF_DIR RUN_DIR`, `python -m dsv3_jax.hub to-hf RUN OUT_DIR --precision fp8`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dsv3_jax.errors import UserError
+
+
+def to_orbax(source: Annotated[Path, tyro.conf.Positional], run: Annotated[Path, tyro.conf.Positional], mesh: str | None = None) -> None:
+    """Make a run folder, with one step 0, of a Hugging Face directory. Weights keep their formats, FP8 too.
+
+    Args:
+        source: The Hugging Face directory.
+        run: The run folder, which is new or empty.
+        mesh: Devices to hold the parameters meanwhile, as in train.py, e.g. expert=8; by default the first one.
+    """
+    from dsv3_jax.api import load
+    from dsv3_jax.checkpoint import Writer
+    from dsv3_jax.config import TrainConfig, to_dict
+    from dsv3_jax.parallel.mesh import make
+
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run} is not an empty directory: give a new run folder")
+    model = load(source, mesh=make(mesh) if mesh else None)
+    config = to_dict(TrainConfig(model=model.config))
+    writer = Writer(run, config, keep=1)
+    writer.save(0, {"params": model.params})
+    writer.wait()
+    if model.tokenizer is not None:
+        model.tokenizer.save(run / "tokenizer")
+    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def to_hf(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    precision: Literal["float32", "bfloat16", "fp8"] = "bfloat16",
+    step: int | None = None,
+) -> None:
+    """Make a Hugging Face directory of a run's checkpoint, one parameter in memory at a time.
+
+    Args:
+        run: The run folder, or a step's folder in it.
+        out: The directory to write, which is new or empty.
+        precision: Of the weights; fp8 is the released block format.
+        step: Which step; by default the newest complete one.
+    """
+    from dsv3_jax.checkpoint import open_run
+    from dsv3_jax.config import ModelConfig, from_dict
+    from dsv3_jax.data.tokenizer import Tokenizer
+    from dsv3_jax.hub.saving import write
+
+    saved = open_run(run, step)
+    saved.verify(lambda name: name.startswith("params/"))
+    tokenizer = saved.directory.parent / "tokenizer"
+    config = from_dict(ModelConfig, saved.config["model"])
+    write(config, saved.abstract(), saved.leaf, Tokenizer.load(tokenizer) if tokenizer.exists() else None, out, precision)
+
+
+def main() -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict({"to-orbax": to_orbax, "to-hf": to_hf}, prog="python -m dsv3_jax.hub", description=__doc__)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`python -m dsv3_jax.hub`: Hugging Face directories to runs and back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dsv3_jax
+from dsv3_jax.checkpoint import Writer
+from dsv3_jax.config import TrainConfig, to_dict
+from dsv3_jax.errors import UserError
+from dsv3_jax.hub.__main__ import to_hf, to_orbax
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "tests" / "data" / "models"
+
+
+def equal_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
+@pytest.mark.parametrize(("name", "precision"), [("tiny_e_fp8_mtp", "fp8"), ("tiny_s_plain", "float32")])
+def test_to_orbax_and_back(name, precision, raw, tmp_path):
+    """Every byte of every tensor comes back; the run in between is a run like any other."""
+    to_orbax(MODELS / name, tmp_path / "run")
+    model, run = dsv3_jax.load(MODELS / name), dsv3_jax.load(tmp_path / "run")
+    assert run.config == model.config
+    equal_trees(run.params, model.params)
+    assert run.tokenizer.encode("def f(x): 1") == model.tokenizer.encode("def f(x): 1")
+    to_hf(tmp_path / "run", tmp_path / "out", precision)
+    assert raw(tmp_path / "out") == raw(MODELS / name)
+    equal_trees(dsv3_jax.load(tmp_path / "out").params, model.params)
+
+
+def test_a_run_in_fp8_loads_onto_a_mesh_and_dequantised(tmp_path):
+    mesh = jax.make_mesh((4, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    to_orbax(MODELS / "tiny_e_fp8_mtp", tmp_path / "run")
+    equal_trees(dsv3_jax.load(tmp_path / "run", mesh=mesh).params, dsv3_jax.load(MODELS / "tiny_e_fp8_mtp").params)
+    exact = dsv3_jax.load(MODELS / "tiny_e_fp8_mtp", weights="dequantised", dtype=np.float32)
+    equal_trees(dsv3_jax.load(tmp_path / "run", weights="dequantised", dtype=np.float32).params, exact.params)
+
+
+def test_a_checkpoint_saved_on_another_topology(tmp_path):
+    """Saved from eight devices with experts spread, it loads on one, whole or by step, and in another dtype."""
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    model = dsv3_jax.load(MODELS / "tiny_s_plain", mesh=mesh)
+    writer = Writer(tmp_path / "run", to_dict(TrainConfig(model=model.config)), keep=3)
+    writer.save(7, {"params": model.params})
+    writer.wait()
+    equal_trees(dsv3_jax.load(tmp_path / "run").params, dsv3_jax.load(MODELS / "tiny_s_plain").params)
+    half = dsv3_jax.load(tmp_path / "run" / "7", dtype="bfloat16")
+    assert half.params["embed"].dtype == "bfloat16" and half.tokenizer is None
+    assert half.params["moe_layers"]["mlp"]["gate"]["e_score_correction_bias"].dtype == np.float32
+    with pytest.raises(UserError, match="has no complete step 8: it has 7"):
+        dsv3_jax.load(tmp_path / "run", step=8)
+
+
+def test_a_damaged_run_is_refused_before_anything_is_written(tmp_path):
+    to_orbax(MODELS / "tiny_s_plain", tmp_path / "run")
+    largest = max((tmp_path / "run" / "0" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        to_hf(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "dsv3_jax.hub", "to-orbax", MODELS / "nowhere", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "does not exist" in done.stderr
+    assert not (tmp_path / "run").exists()
