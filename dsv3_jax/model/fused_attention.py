@@ -59,6 +59,7 @@ def _causal_fwd(q, k, v, bias, scale):
     return out, (q, k, v, bias, out, lse)
 
 
+@jax.named_scope("attention_core")
 def _causal_bwd(scale, saved, d_out):
     q, k, v, bias, out, lse = saved
     if v.dtype == jnp.float32:
@@ -70,6 +71,7 @@ def _causal_bwd(scale, saved, d_out):
 _causal.defvjp(_causal_fwd, _causal_bwd)
 
 
+@jax.named_scope("attention_core")
 def _forward(q, k, v, bias, scale, causal):
     """(output [B, S, H, V], log-sum-exp of the scores float32 [B, H, S])"""
     if v.dtype == jnp.float32:

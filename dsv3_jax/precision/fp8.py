@@ -172,7 +172,8 @@ def _wgrad(spec, group_sizes_E, operands, tapped):
 
 def _multiply(spec, a, b, group_sizes_E, out_dtype):
     options = {"out_dtype": out_dtype, "num_sms": spec.recipe.num_sms, "implementation": spec.recipe.fp8}
-    return fp8_matmul(a, b, **options) if group_sizes_E is None else grouped_fp8_matmul(a, b, group_sizes_E, **options)
+    with jax.named_scope("dense_product" if group_sizes_E is None else "grouped_product"):
+        return fp8_matmul(a, b, **options) if group_sizes_E is None else grouped_fp8_matmul(a, b, group_sizes_E, **options)
 
 
 def _bad_tiles(q: Quantized) -> jax.Array:

@@ -118,9 +118,11 @@ def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, *, transposed=True):
     w = w.astype(recipe.compute_dtype)
     if group_sizes_E is None:
         axes, w = "tk,nk->tn" if transposed else "tk,kn->tn", w.reshape(-1, w.shape[-1])
-        return jnp.einsum(axes, x_TK, w, precision=recipe.product_precision, preferred_element_type=out_dtype)
+        with jax.named_scope("dense_product"):
+            return jnp.einsum(axes, x_TK, w, precision=recipe.product_precision, preferred_element_type=out_dtype)
     w = w.reshape(w.shape[0], -1, w.shape[-1])
-    return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed).astype(out_dtype)
+    with jax.named_scope("grouped_product"):
+        return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

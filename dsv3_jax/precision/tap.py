@@ -39,6 +39,7 @@ class Tap(NamedTuple):
         return cls(operand(k), operand(padded_width(parts, n) if recipe.fp8 else parts * n))
 
 
+@jax.named_scope("weight_gradient")
 def weight_gradient(stash: Tap, w_shape: tuple[int, ...], group_sizes_E: jax.Array | None = None, recipe: Recipe = FLOAT32) -> jax.Array:
     """The gradient of a weight of that shape, float32: dyᵀ x, for each expert when group sizes are given."""
     parts, n, k = _parts(w_shape, group_sizes_E is not None)

@@ -1,0 +1,234 @@
+"""Speed and memory of training in FP8 and BF16 on one Hopper GPU.
+
+    python -m dsv3_jax.precision.bench layers    # four MoE layers of V3, the share of one of 64 expert-parallel GPUs, by class of kernel
+    python -m dsv3_jax.precision.bench step      # the training step of a recipe: tokens/s, FLOP utilisation, peak memory
+    python -m dsv3_jax.precision.bench memory    # bytes of that step, compiled only: what each technique saves
+
+`layers` is DeepSeek's public training trace (deepseek-ai/profile-data, train.json: H800, 112 SMs, communication hidden) without the
+communication: one sequence of 4,096 tokens, 4 routed experts with 8,192 rows each, the shared expert, forward and backward with routing,
+permutation, quantisation and recomputation.
+"""
+
+import argparse
+import dataclasses
+import re
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig, TrainConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import Decoder
+from dsv3_jax.model.moe import combine, dispatch
+from dsv3_jax.precision import attach, check_devices, quantize_params
+from dsv3_jax.precision import recipe as named_recipe
+
+PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA's data sheet
+LAYERS, LOCAL_EXPERTS = 4, 4
+V3_FLOP = 16.45e12  # of one layer and one sequence, forward and backward, attention counted causal
+TRACE_MS = {"weight gradients": 32.8, "grouped products": 22.9, "attention": 22.0, "dense products": 18.8, "casts, transposes": 15.6}
+TRACE_MS |= {"other": 17.5}
+CLASSES = {  # of a kernel, by the scope its operation was made in
+    "weight gradients": r"weight_gradient",
+    "grouped products": r"grouped_product",
+    "dense products": r"dense_product",
+    "attention": r"attention_core",
+    "casts, transposes": r"quanti[sz]e|transpose_p|convert_element_type|_to_blocks",
+}
+
+
+def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
+    """(function, arguments): gradients of `config`'s MoE layers by their weights, its experts reduced to the card's share.
+
+    The router runs over all experts; each row then goes to one of LOCAL_EXPERTS in turn, so that all have the same number.
+    """
+    config = dataclasses.replace(
+        config, num_hidden_layers=LAYERS, first_k_dense_replace=0, num_nextn_predict_layers=0, vocab_size=1024, rope_scaling=None
+    )
+
+    def exchange(x_TD, routing, experts):
+        slots = jnp.arange(routing.experts_TK.size, dtype=jnp.int32).reshape(routing.experts_TK.shape)
+        local = routing._replace(experts_TK=slots % LOCAL_EXPERTS, stats=routing.stats._replace(load_E=jnp.zeros(LOCAL_EXPERTS)))
+        dispatched = dispatch(experts.enter(x_TD), local)
+        y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R)
+        return combine(y_RD, dispatched, x_TD.shape[0]), routing.stats.fill
+
+    numerics = dataclasses.replace(named_recipe(precision), num_sms=num_sms)
+    decoder = Decoder(config, numerics, remat="norms_and_up", exchange=exchange)
+
+    def parameters(key):
+        shapes = decoder.abstract_params()
+        experts = shapes["moe_layers"]["mlp"]["experts"]
+        shapes["moe_layers"]["mlp"]["experts"] = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((LAYERS, LOCAL_EXPERTS, *leaf.shape[2:]), leaf.dtype), experts
+        )
+        leaves, structure = jax.tree.flatten(shapes)
+        keys = jax.random.split(key, len(leaves))
+        ones = lambda leaf: leaf.ndim <= 2 and leaf.shape[0] in (LAYERS, config.hidden_size)  # noqa: E731  gains of norms
+        made = [jnp.ones(s.shape) if ones(s) else 0.02 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)]
+        return jax.tree.unflatten(structure, made)
+
+    def gradients(params, fp8, tokens, d_hidden):
+        def objective(params):
+            return jnp.sum((decoder(attach(params, fp8), tokens).hidden_BSD * d_hidden).astype(jnp.float32))
+
+        return jax.grad(objective)(params)
+
+    def arguments(length):
+        params = jax.jit(parameters)(jax.random.key(0))
+        fp8 = jax.jit(lambda params: quantize_params(params, numerics))(params)
+        tokens = jax.random.randint(jax.random.key(1), (1, length), 0, config.vocab_size)
+        return params, fp8, tokens, jax.random.normal(jax.random.key(2), (1, length, config.hidden_size), jnp.bfloat16)
+
+    return jax.jit(gradients), arguments
+
+
+def seconds(function, *arguments, calls: int = 10) -> float:
+    """A call's time, of `calls` back to back."""
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+
+def kernels_by_class(function, *arguments) -> Counter:
+    """Milliseconds of one call's kernels by class; scopes are read from the compiled program, where the profile names its operations."""
+    compiled = function.lower(*arguments).compile()
+    scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
+    jax.block_until_ready(compiled(*arguments))
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(compiled(*arguments))
+        (file,) = Path(directory).glob("**/*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    milliseconds = Counter()
+    for plane in profile.planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    scope = scopes.get(dict(event.stats).get("hlo_op", ""), "")
+                    milliseconds[classify(scope)] += event.duration_ns / 1e6
+    return milliseconds
+
+
+def classify(scope: str) -> str:
+    return next((name for name, pattern in CLASSES.items() if re.search(pattern, scope)), "other")
+
+
+def layers(arguments) -> None:
+    print(f"{'':20s}{'ms':>9s}{'TFLOP/s':>9s}" + "".join(f"{name:>19s}" for name in TRACE_MS))
+    trace = "".join(f"{ms:19.1f}" for ms in TRACE_MS.values())
+    print(f"{'DeepSeek, 112 SMs':20s}{129.0:9.1f}{LAYERS * V3_FLOP / 129.0e-3 / 1e12:9.0f}{trace}")
+    for precision in ("bf16", "fp8"):
+        for num_sms in (132, 112):
+            function, make = card_share(ModelConfig(), precision, num_sms)
+            operands = make(4096)
+            took = seconds(function, *operands)
+            by_class = kernels_by_class(function, *operands)
+            classes = "".join(f"{by_class[name]:19.1f}" for name in TRACE_MS)
+            label = f"{precision}, {num_sms} SMs"
+            print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
+            del operands
+    _, make = card_share(ModelConfig(), "fp8")
+    params, *_ = make(4096)
+    quantise = jax.jit(lambda params: quantize_params(params, named_recipe("fp8")))
+    print(f"quantising the weights, once a step: {seconds(quantise, params) * 1e3:.2f} ms")
+
+
+def trainer(config: TrainConfig):
+    """(Trainer, function that makes a state, batch, what is scheduled) of a recipe on one device, with fresh weights and random tokens."""
+    from dsv3_jax.training.schedules import Scheduled
+    from dsv3_jax.training.step import Trainer
+
+    made = Trainer(Decoder(config.model, named_recipe(config.precision), remat=config.remat), config)
+    shape = (config.batch_size, config.sequence_length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)
+    return (
+        made,
+        lambda: jax.jit(lambda key: made.init(Decoder(config.model).init(key)))(jax.random.key(0)),
+        {"tokens": tokens},
+        Scheduled(1e-4, 0.3, 1e-3),
+    )
+
+
+def step(arguments) -> None:
+    """One precision a process, because the peak of memory is the process's."""
+    from dsv3_jax.training.dry_run import parameters
+
+    config = _config(arguments)
+    made, init, batch, scheduled = trainer(config)
+    state = init()
+    for _ in range(3):
+        state, metrics = made.step(state, batch, scheduled)
+    jax.block_until_ready(metrics)
+    start = time.perf_counter()
+    for _ in range(arguments.calls):
+        state, metrics = made.step(state, batch, scheduled)
+    jax.block_until_ready((state, metrics))
+    rate = arguments.calls * config.batch_size * config.sequence_length / (time.perf_counter() - start)
+    model, count = config.model, parameters(config.model)
+    # 6 FLOP a weight that a token meets, embedding left out; attention causal: half of the scores.
+    weights = count["activated"] + count["mtp"] * count["activated"] / count["main"] - model.vocab_size * model.hidden_size
+    widths = model.qk_head_dim + model.v_head_dim
+    blocks = model.num_hidden_layers + model.num_nextn_predict_layers
+    flop = 6 * weights + 3 * blocks * model.num_attention_heads * widths * config.sequence_length
+    peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+    print(
+        f"{config.precision}: {rate:,.0f} tokens/s, {rate * flop / PEAK['bf16']:.1%} of the BF16 peak, peak memory {peak:.1f} GiB, "
+        f"loss {float(metrics['loss']):.3f}"
+    )
+
+
+def memory(arguments) -> None:
+    """Arguments (weights, moments) and temporaries (activations, gradients) of the compiled step, one technique at a time."""
+    base = _config(arguments)
+    print(f"{'precision':10s}{'remat':14s}{'moments':10s}{'state GiB':>11s}{'temporary GiB':>15s}")
+    for precision, remat, moments in (
+        ("bf16", "none", "float32"),
+        ("bf16", "none", "bfloat16"),
+        ("fp8", "none", "bfloat16"),
+        ("bf16", "norms_and_up", "bfloat16"),
+        ("fp8", "norms_and_up", "bfloat16"),
+        ("fp8", "layer", "bfloat16"),
+    ):
+        optimizer = dataclasses.replace(base.optimizer, moment_dtype=moments)
+        made, init, batch, scheduled = trainer(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
+        lowered = jax.jit(lambda *a, made=made: made._step(made.spread.decoder(made.buffers.size), *a), donate_argnums=0).lower(
+            jax.eval_shape(init), batch, scheduled
+        )
+        analysis = lowered.compile().memory_analysis()
+        sizes = f"{analysis.argument_size_in_bytes / 2**30:11.2f}{analysis.temp_size_in_bytes / 2**30:15.2f}"
+        print(f"{precision:10s}{remat:14s}{moments:10s}{sizes}", flush=True)
+
+
+def _config(arguments) -> TrainConfig:
+    import importlib
+
+    config = importlib.import_module(f"configs.{arguments.recipe}").recipe()
+    rows = arguments.rows or config.microbatch_size or config.batch_size
+    return dataclasses.replace(config, precision=arguments.precision, batch_size=rows, microbatch_size=None, batch_ramp_from=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["layers", "step", "memory"])
+    parser.add_argument("--recipe", default="small", help="of configs/, for step and memory")
+    parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step")
+    parser.add_argument("--rows", type=int, help="sequences a step; the recipe's microbatch by default")
+    parser.add_argument("--calls", type=int, default=10)
+    arguments = parser.parse_args()
+    try:
+        check_devices(named_recipe("fp8"))
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    {"layers": layers, "step": step, "memory": memory}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
