@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel import placement, sharding
 from dsv3_jax.parallel.schedule import KINDS, build
-from dsv3_jax.training.pipeline import pipeline_value_and_grad
+from dsv3_jax.training import pipeline
 
 STACKS = {"dense_layers": 2, "moe_layers": 5}
 ROOT = Path(__file__).parents[2]
@@ -153,8 +153,22 @@ def test_refused_before_any_compile(kind, ranks, rows, message):
     schedule = build(kind, num_ranks=ranks, num_microbatches=2 * ranks)
     mesh = meshes.make(f"pipe={ranks}", jax.devices()[:ranks])
     batch = {"tokens": jax.ShapeDtypeStruct((rows, 9), jnp.int32)}
-    run = lambda params, batch: pipeline_value_and_grad(  # noqa: E731
+    run = lambda params, batch: pipeline.pipeline_value_and_grad(  # noqa: E731
         decoder, params, batch, schedule, mesh, mtp_loss_weight=0.1, balance_loss_weight=0.1
     )
     with pytest.raises(UserError, match=message):
         jax.eval_shape(run, decoder.abstract_params(), batch)
+
+
+@pytest.mark.parametrize(
+    "kind, mesh, rows, message",
+    [
+        ("dualpipev", "pipe=2,expert=2", 6, r"needs at least 4 microbatches, not 3: use 4 \(a step of 6 sequences in microbatches of 2\)"),
+        ("dualpipe", "pipe=3", 12, r"dualpipe needs an even number of ranks, not 3: use 2 or 4"),
+        ("zb1p", "pipe=8", 8, r"use pipe=7 or less"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused(kind, mesh, rows, message):
+    config = TrainConfig(model=SMALL, batch_size=rows, pipeline_schedule=kind)
+    with pytest.raises(UserError, match=message):
+        pipeline.schedule(config, meshes.parse(mesh), rows)
