@@ -138,7 +138,7 @@ class Run:
                     self._save(writer)
                 if evaluates:
                     self._evaluate_some(metrics["load"], log, progress)
-                clock.pause()
+                    clock.pause()
             if last:
                 break
 
@@ -233,7 +233,8 @@ def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: chec
     data = config.data
     cache = Path(data.cache) if data.cache else directory / "data"
     if rows and (cache / rows / "meta.json").exists():
-        Tokenizer.load(resumed_from.directory.parent / "tokenizer").save(directory / "tokenizer")
+        if resumed_from.directory.parent != directory.absolute():
+            Tokenizer.load(resumed_from.directory.parent / "tokenizer").save(directory / "tokenizer")
         return Prepared.open(cache / rows)  # whatever has become of the corpus
     corpus = Corpus(data.corpus, heldout_fraction=data.heldout_fraction)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else train_tokenizer(corpus, config.model.vocab_size, cache)
