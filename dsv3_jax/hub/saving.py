@@ -78,6 +78,7 @@ def _write_tensors(parts: list[Tensor], listed: dict, shapes: dict, read: Callab
             for part in parts_of_leaf:
                 for name, value in _converted(part, leaf, scales, precision):
                     writers[file_of[name]].write(name, np.asarray(value))
+            del leaf, scales  # before the next one is read
     if len(shards) > 1:
         total = sum(_size(entry) for entry in listed.values())
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
