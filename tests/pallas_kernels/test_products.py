@@ -51,8 +51,15 @@ def test_dense(implementation, m, n, k, config):
     assert got.shape == (m, n) and error(got, f64(a) @ f64(b).T) < F32
 
 
-@pytest.mark.parametrize("config", [Config(64, 64, 2), Config(128, 128, 2, "m", cluster=2)])
-@pytest.mark.parametrize("sizes", [[40, 0, 1, 59], [0, 0, 100, 0], [0, 0, 0, 100], [7, 31, 62, 0]])
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [
+        ([40, 0, 1, 59], Config(64, 64, 2)),
+        ([40, 0, 1, 59], Config(128, 128, 2, "m", cluster=2)),
+        ([0, 0, 100, 0], Config(64, 64, 2)),
+        ([7, 31, 62, 0], Config(64, 64, 2)),
+    ],
+)
 def test_grouped(implementation, sizes, config):
     a, b = pk.quantize_tiles(normal(100, 200)), pk.quantize_blocks(normal(4, 72, 200, seed=1))
     got = implementation("grouped_fp8_matmul", config)(a, b, jnp.asarray(sizes, jnp.int32), out_dtype=jnp.float32)
@@ -84,8 +91,7 @@ def test_wgrad(implementation, accumulate):
     assert got.dtype == jnp.float32 and error(got, want) < F32
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("sizes", [[130, 0, 1, 169], [0, 0, 300, 0], [128, 128, 44, 0]])
+@pytest.mark.parametrize(("sizes", "accumulate"), [([130, 0, 1, 169], False), ([130, 0, 1, 169], True), ([0, 0, 300, 0], False)])
 def test_grouped_wgrad_end_to_end(implementation, sizes, accumulate):
     """From row-quantised operands through requantize_transposed, as the backward pass does it, against the unpadded product."""
     sizes = jnp.asarray(sizes, jnp.int32)

@@ -88,7 +88,7 @@ def test_rmsnorm(run):
     close(run(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)), want)
 
 
-@pytest.mark.parametrize("sizes", [None, [130, 0, 1, 69], [0, 0, 0, 200]])
+@pytest.mark.parametrize("sizes", [None, [130, 0, 1, 69]])
 @pytest.mark.parametrize("op", ["requantize_transposed", "quantize_both"])
 @pytest.mark.parametrize("find", [functools.partial(getattr, pk), interpreted], ids=["reference", "hopper"])
 def test_transposed(find, op, sizes):
