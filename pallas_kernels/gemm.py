@@ -305,7 +305,7 @@ def _multiply(config, problem, b_kind, tiles, sb, out, smem, warpgroup):
             scales, sums = carry
             slot = lax.rem(step + i, config.stages)
             plgpu.barrier_wait(full.at[slot])
-            factors = (None,) if by_column else scales
+            factors = (None,) * (cols // piece) if by_column else scales
             columns = functools.partial(column_scales, scales, slot, col)
             scales = read_scales(unit, n, i + 1)
             promoted = []
