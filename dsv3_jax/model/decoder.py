@@ -44,7 +44,7 @@ class Decoder:
             raise UserError(
                 f"num_nextn_predict_layers={config.num_nextn_predict_layers}: one MTP module at most is supported (report D = 1)"
             )
-        self.config, self.recipe, self.remat = config, recipe, remat
+        self.config, self.recipe, self.remat, self._exchange = config, recipe, remat, exchange
         layer = functools.partial(DecoderLayer, config, recipe, exchange=exchange)
         self._makers = {}  # stack name -> (how one of its modules is made, how many there are; None: not stacked)
         if config.first_k_dense_replace:
@@ -54,6 +54,18 @@ class Decoder:
         if config.num_nextn_predict_layers:
             self._makers["mtp"] = (lambda rngs: MTP(config, recipe, rngs, exchange=exchange), None)
         self.modules = {name: module.abstract(make) for name, (make, _) in self._makers.items()}
+
+    # As a static argument of `jax.jit`: decoders of the same kind share compiled programs.
+
+    @property
+    def _kind(self):
+        return self.config, self.recipe, self.remat, self._exchange
+
+    def __eq__(self, other):
+        return isinstance(other, Decoder) and self._kind == other._kind
+
+    def __hash__(self):
+        return hash(self._kind)
 
     # Parameters.
 

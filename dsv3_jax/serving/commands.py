@@ -42,6 +42,8 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     engine = make_engine()
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
     defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
+    if options.prompt is not None:
+        defaults.setdefault("max_tokens", _PROMPT_TOKENS)
     api = Api(engine, options.model_name or options.model.resolve().name, defaults)
     if options.input:
         return batch(api, options)
@@ -95,11 +97,7 @@ def batch(api: Api, options: argparse.Namespace) -> int:
 
 
 def prompt(api: Api, options: argparse.Namespace) -> int:
-    body = {"prompt": options.prompt, "max_tokens": options.max_tokens or _PROMPT_TOKENS}
-    room = api.engine.scheduler.longest_request - len(api.engine.encode(options.prompt))
-    if options.max_tokens is None and room > 0:
-        body["max_tokens"] = min(_PROMPT_TOKENS, room)
-    (request,) = api.parse(COMPLETIONS, body, id="", seed=options.seed).requests
+    (request,) = api.parse(COMPLETIONS, {"prompt": options.prompt}, id="", seed=options.seed).requests
     for text in stream(api.engine, request):
         print(text, end="", flush=True)
     print()

@@ -132,11 +132,13 @@ class Job:
 class Api:
     """An engine as the OpenAI API sees it.
 
-    Args: the engine; name: of the model; defaults: values for fields that a body leaves out (CLI options).
+    Args: the engine; name: of the model; defaults: values for fields that a body leaves out (CLI options); its max_tokens is cut to
+    what the context has room for.
     """
 
     def __init__(self, engine: Engine, name: str, defaults: dict | None = None):
-        self.engine, self.name, self.defaults = engine, name, defaults or {}
+        self.engine, self.name, self.defaults = engine, name, dict(defaults or {})
+        self._max_tokens = self.defaults.pop("max_tokens", None)
         if (tokenizer := engine.tokenizer) is not None:
             self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
@@ -214,7 +216,8 @@ class Api:
         most = values.get("max_completion_tokens", values.get("max_tokens"))
         if most is None:
             room = self.engine.scheduler.longest_request - prompt_length
-            most = max(room if url == CHAT else min(_DEFAULT_MAX_TOKENS, room), 1)
+            usual = self._max_tokens or (room if url == CHAT else _DEFAULT_MAX_TOKENS)
+            most = max(min(usual, room), 1)
         stop = values.get("stop", ())
         logprobs = values.get("logprobs")
         if url == CHAT:

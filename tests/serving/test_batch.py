@@ -161,7 +161,7 @@ def test_an_output_of_another_input_is_left_alone(api, tmp_path):
 def test_more_lines_than_the_engine_takes_at_once(api, tmp_path):
     source = tmp_path / "in.txt"
     source.write_text("".join(f"line {i}\n" for i in range(50)))
-    api.defaults = {"max_tokens": 2, "temperature": 0}
+    api = Api(api.engine, "tiny", {"max_tokens": 2, "temperature": 0})
     seen = []
     run_batch(api, source, tmp_path / "out.jsonl", progress=lambda done, total, _: seen.append((done, total)))
     assert [r["custom_id"] for r in records(tmp_path / "out.jsonl")] == [f"line-{i}" for i in range(1, 51)]
@@ -174,7 +174,7 @@ def run_command(capsys, *argv):
 
 
 def test_command_answers_a_prompt_and_a_file(capsys, plain, tmp_path):
-    common = ["--max-length", 256, "--max-batch", 8, "--temperature", 0]
+    common = ["--max-length", 256, "--max-batch", 8, "--prefill-tokens", 64, "--cache-tokens", 1024, "--temperature", 0]
     status, out, _ = run_command(capsys, plain.path, "--prompt", "hello", "--max-tokens", 4, *common)
     assert status == 0 and out.strip("\n")
     source = write(tmp_path / "in.jsonl", [{"prompt": "hello", "max_tokens": 4}, b"broken"])

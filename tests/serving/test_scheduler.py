@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from dsv3_jax.errors import UserError
 from dsv3_jax.serving.cache import PAGE_SIZE, PagePool, page_keys, pages_for
 from dsv3_jax.serving.request import Request, SamplingParams
 from dsv3_jax.serving.scheduler import Scheduler
@@ -73,8 +74,8 @@ def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused
     exact = [Request([1] * 100, SamplingParams(max_new_tokens=92)) for _ in range(3)]
     run(scheduler, exact, np.random.default_rng(0))
     assert all(request.finish_reason == "length" for request in exact)
-    with pytest.raises(Exception, match="the whole cache holds 192"):
-        scheduler.add(Request([1] * 100, SamplingParams(max_new_tokens=93)))
+    with pytest.raises(UserError, match="the whole cache holds 192"):
+        scheduler.check(Request([1] * 100, SamplingParams(max_new_tokens=93)))
 
 
 def test_equal_keys_mean_equal_prefixes():
