@@ -37,7 +37,7 @@ CLASSES = {  # of a kernel, by the scope its operation was made in
     "grouped products": r"grouped_product",
     "dense products": r"dense_product",
     "attention": r"attention_core",
-    "casts, transposes": r"quanti[sz]e|transpose_p|convert_element_type|_to_blocks",
+    "casts, transposes": r"casts_and_transposes|convert_element_type|transpose$",
 }
 
 

@@ -25,6 +25,8 @@ from pallas_kernels import (
     swiglu_quantize,
 )
 
+_CASTS = "casts_and_transposes"  # scope of operations, for profiles
+
 
 class Activation(NamedTuple):
     """Rows that are already quantised, on their way to a product (through a dispatch, say).
@@ -44,7 +46,8 @@ class Activation(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def quantise(x_TK: jax.Array, recipe: Recipe, pow2: bool = False) -> Activation:
     """x [T, K] as an FP8 product reads it; its gradient passes through unchanged."""
-    return Activation(quantize_tiles(x_TK, pow2=pow2, implementation=recipe.fp8), jnp.zeros_like(x_TK))
+    with jax.named_scope(_CASTS):
+        return Activation(quantize_tiles(x_TK, pow2=pow2, implementation=recipe.fp8), jnp.zeros_like(x_TK))
 
 
 quantise.defvjp(lambda x, recipe, pow2: (quantise(x, recipe, pow2), None), lambda recipe, pow2, _, d: (d.gradient,))
@@ -89,7 +92,8 @@ def _product_fwd(spec, x, w, group_sizes_E, tap, overflow):
 def _product_bwd(spec, saved, dy_TN):
     x, w_KN, group_sizes_E, tapped, counted = saved
     dx_TK, dy_NT, dy_bad = _dgrad(spec, w_KN, group_sizes_E, dy_TN)
-    x_KT = requantize_transposed(x, group_sizes_E, pow2=spec.scales.input, implementation=spec.recipe.fp8)
+    with jax.named_scope(_CASTS):
+        x_KT = requantize_transposed(x, group_sizes_E, pow2=spec.scales.input, implementation=spec.recipe.fp8)
     dw, tap = _wgrad(spec, group_sizes_E, Tap(x_KT, dy_NT), tapped)
     return Activation(None, dx_TK), dw, None, tap, jnp.stack([_bad_tiles(x), dy_bad]) if counted is not None else None
 
@@ -107,8 +111,8 @@ def swiglu_product(spec: Product, gate_up: jax.Array, row_weights, w: FP8Weight,
 
 
 def _swiglu_product_fwd(spec, gate_up, row_weights, w, group_sizes_E, tap, overflow):
-    kept = quantize_tiles(gate_up, implementation=spec.recipe.fp8)
-    kept = keep(kept, "gate_up")
+    with jax.named_scope(_CASTS):
+        kept = keep(quantize_tiles(gate_up, implementation=spec.recipe.fp8), "gate_up")
     saved = kept, row_weights, w.transposed, group_sizes_E, given(tap), given(overflow)
     return _fprop(spec, _swiglu(spec, gate_up, row_weights), w, group_sizes_E), saved
 
@@ -127,7 +131,8 @@ def _swiglu_product_bwd(spec, saved, dy_TN):
         hidden, d_hidden = hidden * row_weights[:, None], d_hidden * row_weights[:, None]
     d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
     d_gate_up = jnp.concatenate([d_gate, d_hidden * silu], axis=-1).astype(spec.recipe.compute_dtype)
-    hidden_q, hidden_FT = quantize_both(hidden.astype(spec.recipe.compute_dtype), group_sizes_E, implementation=spec.recipe.fp8)
+    with jax.named_scope(_CASTS):
+        hidden_q, hidden_FT = quantize_both(hidden.astype(spec.recipe.compute_dtype), group_sizes_E, implementation=spec.recipe.fp8)
     dw, tap = _wgrad(spec, group_sizes_E, Tap(hidden_FT, dy_NT), tapped)
     return d_gate_up, d_row_weights, dw, None, tap, jnp.stack([_bad_tiles(hidden_q), dy_bad]) if counted is not None else None
 
@@ -136,7 +141,8 @@ swiglu_product.defvjp(_swiglu_product_fwd, _swiglu_product_bwd)
 
 
 def _swiglu(spec, gate_up, row_weights):
-    hidden = swiglu_quantize(gate_up, implementation=spec.recipe.fp8)
+    with jax.named_scope(_CASTS):
+        hidden = swiglu_quantize(gate_up, implementation=spec.recipe.fp8)
     if row_weights is None:
         return hidden
     return Quantized.tiles(hidden.values, hidden.scales() * row_weights[:, None])
@@ -154,7 +160,8 @@ def _dgrad(spec, w_KN, group_sizes_E, dy_TN):
     dy_TN = dy_TN.astype(spec.recipe.compute_dtype)
     if room := padded_width(spec.parts, spec.width) // spec.parts - spec.width:
         dy_TN = jnp.pad(dy_TN.reshape(-1, spec.parts, spec.width), [(0, 0), (0, 0), (0, room)]).reshape(dy_TN.shape[0], -1)
-    dy, dy_NT = quantize_both(dy_TN, group_sizes_E, pow2=spec.scales.gradient, implementation=spec.recipe.fp8)
+    with jax.named_scope(_CASTS):
+        dy, dy_NT = quantize_both(dy_TN, group_sizes_E, pow2=spec.scales.gradient, implementation=spec.recipe.fp8)
     return _multiply(spec, dy, w_KN, group_sizes_E, spec.recipe.compute_dtype), dy_NT, _bad_tiles(dy)
 
 
