@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,8 +30,13 @@ def save(model: Any, directory: str | Path, *, precision: str = "bfloat16") -> N
 
     precision: "float32", "bfloat16", or "fp8" as released: 128x128 blocks with scales amax / 448; weights that the model holds in FP8
     keep their codes and scales. MTP layer, tokenizer and chat template included. An interrupted save has no config.json.
-    Raises UserError where the directory is not empty or cannot be written, or a parameter is missing or wrongly shaped.
+    Raises UserError where the directory is not empty or cannot be written, or a parameter is missing, wrongly
+    shaped or spread over several processes.
     """
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(model.params)):
+        raise UserError(
+            "these parameters lie on several processes: save a run's checkpoint and convert it with python -m dsv3_jax.hub to-hf"
+        )
     write(model.config, model.params, lambda path: _at(model.params, path), model.tokenizer, Path(directory), precision)
 
 
