@@ -21,6 +21,7 @@ import tyro
 
 from dsv3_jax.config import TrainConfig, did_you_mean
 from dsv3_jax.errors import UserError
+from dsv3_jax.parallel import processes
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -30,7 +31,10 @@ class Command(TrainConfig):
     """What a recipe says, and what only the command line does."""
 
     dry_run: bool = False  # print parameters, bytes a device and tokens a step, and stop
-    fake_devices: int | None = None  # rehearse so many devices on a CPU
+    fake_devices: int | None = None  # rehearse so many devices on a CPU (in each process)
+    coordinator: str | None = None  # HOST:PORT of the first of several processes; SLURM, OpenMPI and Kubernetes say all this themselves
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -40,6 +44,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the second Ctrl-C; the first saves
+        return 128 + signal.SIGINT
 
 
 def train(argv: list[str]) -> int:
@@ -49,6 +55,7 @@ def train(argv: list[str]) -> int:
     set_environment(command)  # JAX reads it when it is first imported
     config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
     config = dataclasses.replace(config, workdir=config.workdir.format(recipe=Path(recipe).stem))
+    processes.join(command.coordinator, command.num_processes, command.process_id)
 
     if command.dry_run:
         import jax
@@ -58,17 +65,22 @@ def train(argv: list[str]) -> int:
         print(dry_run.report(config, jax.device_count()))
         return 0
 
+    import jax
+
     from dsv3_jax.training import loop
 
     result = loop.run(config)
+    if jax.process_index() > 0:
+        return 0 if result.stopped_by is None else 128 + result.stopped_by
     again = shlex.join(["python", "train.py", *argv])
     if result.stopped_by is not None:
-        print(f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}, saved; go on with:\n  {again}")
+        print(f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}; go on with:\n  {again}")
         return 128 + result.stopped_by
     if result.heldout_bits_per_byte is not None:
         gzip = result.prepared.heldout_gzip9_bits_per_byte
         print(f"held-out text: {result.heldout_bits_per_byte:.3f} bits per byte (gzip -9 of the same files: {gzip:.3f})")
-    print_sample(result)
+    if jax.process_count() == 1:
+        print_sample(result)
     print(f"train on:  {again} --steps {2 * config.steps}\ngenerate:  python serve.py {result.directory} --prompt 'import '")
     return 0
 

@@ -27,6 +27,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.parallel import processes
 from dsv3_jax.precision.recipe import check_devices, recipe
 from dsv3_jax.training import pipeline, schedules
 from dsv3_jax.training.metrics import MetricsLog, Progress, load_max_over_mean
@@ -65,7 +66,7 @@ class Run:
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": _POSITION})["data"] if self.resumed_from else _POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
-        self.prepared = _prepare(config, directory, position["rows"], self.resumed_from)
+        self.prepared = processes.first(lambda: _prepare(config, directory, position["rows"], self.resumed_from))
         self.loader = Loader(
             self.prepared.directory,
             seed=config.seed,
@@ -83,7 +84,10 @@ class Run:
     def _initial_state(self) -> TrainState:
         config, shardings = self.config, self.trainer.shardings
         if config.init_from is None:
-            params = jax.jit(self.decoder.init, out_shardings=shardings.params)(jax.random.key(config.seed))
+            # An argument, or the compiler would draw the parameters itself; NumPy's, as all processes have it.
+            key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+            init = jax.jit(lambda key: self.decoder.init(jax.random.wrap_key_data(key)), out_shardings=shardings.params)
+            params = init(key)
         else:
             params = _load_params(config.init_from, config.model, shardings.params)
         return jax.jit(self.trainer.init, out_shardings=shardings, donate_argnums=0)(params)
@@ -101,13 +105,14 @@ class Run:
     # Steps.
 
     def train(self) -> Result:
-        config, directory = self.config, self.directory
-        if self.resumed_from is not None and self.resumed_from.directory.parent == directory.absolute():
-            checkpoint.set_aside_after(directory, self.step)
-        checkpoint.write_atomically(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        config, directory, reports = self.config, self.directory, jax.process_index() == 0
+        if reports:
+            if self.resumed_from is not None and self.resumed_from.directory.parent == directory.absolute():
+                checkpoint.set_aside_after(directory, self.step)
+            checkpoint.write_atomically(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
         writer = checkpoint.Writer(directory, to_dict(config), keep=config.keep_checkpoints)
-        log = MetricsLog(directory, self.step)
-        progress = Progress(config.steps)
+        log = MetricsLog(directory if reports else None, self.step)
+        progress = Progress(config.steps, quiet=not reports)
         try:
             with progress:
                 progress.say(self._banner())
@@ -124,12 +129,14 @@ class Run:
         batches = self.loader.batches((step.first_row, step.num_rows) for step in steps)
         pending = None  # the metrics of a step are read while the next one runs
         for step, batch in zip(steps, batches):
+            if self._told_to_stop():
+                break  # before the first step: later ones end the loop themselves, saved
             self.state, metrics = self.trainer.step(self.state, self._place(batch), step.scheduled)
             if pending:
                 self._report(*pending, clock, log, progress)
             pending = step, metrics
             self.step, self.row = step.number + 1, step.first_row + step.num_rows
-            last = self.step == config.steps or bool(self.stop)
+            last = self.step == config.steps or self._told_to_stop()
             evaluates = self.step % config.eval_every == 0 and not last
             if last or evaluates or self.step % config.checkpoint_every == 0:
                 self._report(*pending, clock, log, progress)
@@ -141,6 +148,13 @@ class Run:
                     clock.pause()
             if last:
                 break
+
+    def _told_to_stop(self) -> bool:
+        """Whether this or any other process was: all stop at the same step."""
+        told = processes.any_of(bool(self.stop))
+        if told and not self.stop:
+            self.stop.append(signal.SIGTERM)
+        return told
 
     def _place(self, batch: dict) -> dict:
         return {name: jax.make_array_from_process_local_data(self.trainer.batch_sharding, rows) for name, rows in batch.items()}

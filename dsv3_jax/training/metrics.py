@@ -25,10 +25,14 @@ def load_max_over_mean(load_LE: np.ndarray) -> float:
 class MetricsLog:
     """One JSON object a line in `metrics.jsonl`, and the scalars of it as TensorBoard events in `tensorboard/`.
 
-    Going on after `step`, what an interrupted run wrote about later steps is dropped, for it happens again.
+    Going on after `step`, what an interrupted run wrote about later steps is dropped, for it happens again. Without a directory nothing
+    is written: of several processes the first reports.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path | None, step: int):
+        self._file = None
+        if directory is None:
+            return
         path = directory / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines() if _is_up_to(line, step)))
@@ -39,6 +43,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict) -> None:
         """values: numbers and lists of numbers; what is not finite is written as null."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")
         scalars = [
             summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items() if isinstance(value, int | float)
@@ -46,8 +52,9 @@ class MetricsLog:
         self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=scalars)))
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
 
 
 def _is_up_to(line: str, step: int) -> bool:
@@ -66,10 +73,10 @@ def _finite(value):
 class Progress:
     """The state of the run in one line: kept up to date on a terminal, printed every few seconds elsewhere."""
 
-    def __init__(self, steps: int):
-        self.console = Console(highlight=False)
+    def __init__(self, steps: int, *, quiet: bool = False):
+        self.console = Console(highlight=False, quiet=quiet)
         self._steps, self._printed = steps, -math.inf
-        self._live = Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
+        self._live = Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal and not quiet else None
 
     def __enter__(self) -> "Progress":
         if self._live:
