@@ -61,8 +61,8 @@ def candidates(op: str, m: int) -> list[Config]:
     found = []
     for tile_m, tile_n, split in tiles:
         for cluster, multicast in ((1, "a"), (2, "a"), (4, "a"), (2, "b")):
-            if multicast == "b" and (op != "matmul" or m <= tile_m):
-                continue
+            if multicast == "b" and (op != "matmul" or m <= tile_m or tile_n % 16):
+                continue  # row tiles share b only in a plain grid, and each loads half of its 8-row pieces
             for minor, width in (("n", 1), ("m", 8), ("m", 16)) if m > 128 else (("n", 1),):
                 found.append(_deepest(Config(tile_m, tile_n, 2, split, cluster, multicast, minor, width), op))
         if op == "matmul" and m <= 128:
