@@ -10,8 +10,9 @@ output gradient) are caught by taps from a BF16 step on real text, and multiplie
     gradient_blocks  the recipe, but output gradients in blocks of 128x128, with which the report's 16B model diverged (appendix B.2)
 
 An error is the root mean square over rows (tokens of y and dx, outputs of dw) of |error of the row| / |row|: a row that is small beside
-its neighbours counts as much as they do, and is what coarse scales lose. A scheme stands out by z standard deviations: the difference of
-its mean log error from the recipe's, over products, in units of the recipe's standard deviation from batch to batch.
+its neighbours counts as much as they do, and is what coarse scales lose. A scheme stands out by z standard deviations: the mean over
+steps of d / the standard deviation of d, where d is the log of its error over the recipe's in the same step, averaged over the products.
+(Per-tensor scales need no second quantisation for dw, and so can be ahead there while they fall behind in y and dx.)
 """
 
 import argparse
@@ -129,10 +130,13 @@ def study(steps: Iterator[Iterator[Operands]], report: Callable[[str], None] = p
     for index, name in enumerate(names):
         report(f"{name:52s}" + "".join(f"{value:20.4%}" for value in table.mean(0)[:, index].reshape(-1)))
     mean_log = np.log(table).mean(2)  # [step, scheme, p]
-    spread = mean_log[:, 0].std(0, ddof=1)
-    z = {s: dict(zip(PRODUCTS, ((mean_log[:, i] - mean_log[:, 0]).mean(0) / spread).tolist())) for i, s in enumerate(SCHEMES) if i}
-    for scheme, by_product in z.items():
-        report(f"{scheme} stands out from the recipe by " + ", ".join(f"{value:.1f} ({p})" for p, value in by_product.items()) + " sd")
+    z = {}
+    for index, scheme in enumerate(SCHEMES[1:], 1):
+        d = mean_log[:, index] - mean_log[:, 0]
+        spread = d.std(0, ddof=1)
+        z[scheme] = {p: float(m / s) if s else 0.0 for p, m, s in zip(PRODUCTS, d.mean(0), spread)}
+        ratios = ", ".join(f"{p} {np.exp(m):.4f} ({z[scheme][p]:+.1f} sd)" for p, m in zip(PRODUCTS, d.mean(0)))
+        report(f"error of {scheme} over the recipe's: {ratios}")
     return {"products": names, "schemes": SCHEMES, "errors": table.tolist(), "standard_deviations": z}
 
 

@@ -30,8 +30,10 @@ def test_coarse_scales_stand_out():
     lines = []
     result = study(iter([[with_a_range_of_tokens(seed)] for seed in range(4)]), lines.append)
     assert len(lines) == 1 + 1 + 2 and np.array(result["errors"]).shape == (4, 3, 1, 3)
-    z = (np.log(by("per_tensor", "dx")) - np.log(recipe["dx"])).mean() / np.log(recipe["dx"]).std(ddof=1)
-    assert np.isclose(result["standard_deviations"]["per_tensor"]["dx"], z)
+    d = np.log(by("per_tensor", "dx") / recipe["dx"])
+    assert np.isclose(result["standard_deviations"]["per_tensor"]["dx"], d.mean() / d.std(ddof=1))
+    assert result["standard_deviations"]["per_tensor"]["dx"] > 5 < result["standard_deviations"]["gradient_blocks"]["dx"]
+    assert result["standard_deviations"]["gradient_blocks"]["y"] == 0
 
 
 def test_the_operands_caught_are_those_of_the_step():
