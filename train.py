@@ -81,8 +81,14 @@ def train(argv: list[str]) -> int:
         print(f"held-out text: {result.heldout_bits_per_byte:.3f} bits per byte (gzip -9 of the same files: {gzip:.3f})")
     if jax.process_count() == 1:
         print_sample(result)
-    print(f"train on:  {again} --steps {2 * config.steps}\ngenerate:  python serve.py {result.directory} --prompt 'import '")
+    print(f"train on:  {with_steps(argv, 2 * config.steps)}\ngenerate:  python serve.py {result.directory} --prompt 'import '")
     return 0
+
+
+def with_steps(argv: list[str], steps: int) -> str:
+    """The same command with another number of steps."""
+    others = [arg for before, arg in zip(["", *argv], argv) if "--steps" not in (before, arg) and not arg.startswith("--steps=")]
+    return shlex.join(["python", "train.py", *others, "--steps", str(steps)])
 
 
 def load_recipe(name: str) -> TrainConfig:

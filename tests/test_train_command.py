@@ -158,14 +158,19 @@ def test_kill_9_at_random_moments(whole, recipe, environment, tmp_path):
     assert_same_step(whole[0], folder)
 
 
-@pytest.fixture
-def command(capsys):
-    """A function: (status, what is on stdout, what is on stderr) of the command, run in this process."""
+@pytest.fixture(scope="module")
+def command_module():
     spec = importlib.util.spec_from_file_location("train_command", ROOT / "train.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_command"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return lambda argv: (module.main(argv), *capsys.readouterr())
+    return module
+
+
+@pytest.fixture
+def command(command_module, capsys):
+    """A function: (status, what is on stdout, what is on stderr) of the command, run in this process."""
+    return lambda argv: (command_module.main(argv), *capsys.readouterr())
 
 
 TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
@@ -204,6 +209,11 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, command):
     status, _, errors = command([arg.format(tmp=tmp_path) for arg in argv])
     assert status == 2
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_commands_to_go_on(command_module):
+    for argv in (["tiny", "--workdir", "a b"], ["tiny", "--steps", "7", "--workdir", "a b"], ["tiny", "--steps=7", "--workdir", "a b"]):
+        assert command_module.with_steps(argv, 14) == "python train.py tiny --workdir 'a b' --steps 14"
 
 
 def test_help_does_not_import_jax(tmp_path):
