@@ -25,6 +25,9 @@ from pallas_kernels import (
     swiglu_quantize,
 )
 
+# Scales of tiles have a floor, max(amax, 1e-4) / 448, made for activations. The gradient of a mean over many tokens lies below it (a
+# batch of 60 million would give zeros): gradients are multiplied by this before they are quantised, and their scales divided by it.
+GRADIENT_SHIFT = 2.0**40
 _CASTS = "casts_and_transposes"  # scope of operations, for profiles
 
 
@@ -161,7 +164,8 @@ def _dgrad(spec, w_KN, group_sizes_E, dy_TN):
     if room := padded_width(spec.parts, spec.width) // spec.parts - spec.width:
         dy_TN = jnp.pad(dy_TN.reshape(-1, spec.parts, spec.width), [(0, 0), (0, 0), (0, room)]).reshape(dy_TN.shape[0], -1)
     with jax.named_scope(_CASTS):
-        dy, dy_NT = quantize_both(dy_TN, group_sizes_E, pow2=spec.scales.gradient, implementation=spec.recipe.fp8)
+        both = quantize_both(dy_TN * GRADIENT_SHIFT, group_sizes_E, pow2=spec.scales.gradient, implementation=spec.recipe.fp8)
+        dy, dy_NT = (Quantized.tiles(q.values, q.scales() / GRADIENT_SHIFT) for q in both)
     return _multiply(spec, dy, w_KN, group_sizes_E, spec.recipe.compute_dtype), dy_NT, _bad_tiles(dy)
 
 

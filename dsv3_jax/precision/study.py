@@ -27,6 +27,7 @@ import numpy as np
 
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import BF16, FP8_WEIGHTS, Scales, Tap, attach
+from dsv3_jax.precision.fp8 import GRADIENT_SHIFT
 from dsv3_jax.training.loss import loss_and_terms
 from pallas_kernels import quantize_blocks, quantize_tiles
 
@@ -104,9 +105,9 @@ def _quantised(x, w, dy, scales):
     blocks = lambda v: quantize_blocks(v).dequantize()  # noqa: E731
     x_tiles = tiles(x, scales.input)
     x_tokens = tiles(x_tiles.T, scales.input).T  # dequantised, transposed, quantised again
-    dy_tokens = tiles(dy.T, scales.gradient).T
+    dy_tiles, dy_tokens = (tiles(v * GRADIENT_SHIFT, scales.gradient) / GRADIENT_SHIFT for v in (dy, dy.T))
     return {
-        "recipe": (x_tiles, blocks(w), tiles(dy, scales.gradient), dy_tokens, x_tokens),
+        "recipe": (x_tiles, blocks(w), dy_tiles, dy_tokens.T, x_tokens),
         "per_tensor": (_per_tensor(x), _per_tensor(w), _per_tensor(dy), _per_tensor(dy), _per_tensor(x)),
         "gradient_blocks": (x_tiles, blocks(w), blocks(dy), blocks(dy), x_tokens),
     }

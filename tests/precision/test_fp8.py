@@ -58,6 +58,14 @@ def test_linear_and_its_gradients_against_float64(t, n, k, scales):
     within("dw", dw, f64(dy).T @ f64(x))
 
 
+def test_gradients_of_a_mean_over_many_tokens_are_not_lost():
+    """A loss averaged over 2^30 tokens gives the same gradients, times 2^-30, bit for bit."""
+    x, w, dy = normal(0, 64, 256), normal(1, 128, 256, dtype=jnp.float32), normal(2, 64, 128)
+    vjp = jax.vjp(lambda x, w: linear(x, w, recipe=FP8_REFERENCE), x, w)[1]
+    for large, small in zip(vjp(dy), vjp(dy * 2.0**-30)):
+        np.testing.assert_array_equal(f64(large), f64(small) * 2.0**30)
+
+
 @pytest.mark.parametrize("f, k, sizes", [(128, 256, [100, 0, 60]), (72, 136, [40, 21, 3])])
 def test_gate_and_up_of_experts_against_float64(f, k, sizes):
     rows, experts = sum(sizes) + 8, len(sizes)  # rows past the last group give zeros, and get no gradient
