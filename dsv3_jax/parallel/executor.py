@@ -82,7 +82,7 @@ def value_and_grad(
                 present = True if placement.NONE not in slot.layers else jnp.array(slot.layers)[index] != placement.NONE
                 layers.append(Layer(programs[slot.stack], weights.for_products(recipe), present))
             stages.append(Stage(tuple(layers)))
-        objective = Objective(output_loss, arguments, balance_weight, parts)
+        objective = Objective(output_loss, arguments, balance_weight)
         sums = Rank(decoder, make_table(schedule), index, tuple(stages), shared, microbatches, objective).run()
 
         replicas = sharding.mesh_axes(sharding.BATCH, sizes)
@@ -104,7 +104,9 @@ def value_and_grad(
     load_LE, balance_L = stats.get(
         "moe_layers", (jnp.zeros((0, decoder.config.n_routed_experts), jnp.float32), jnp.zeros((0,), jnp.float32))
     )
-    return Result(loss, terms, RouterStats(load_LE, balance_L, fill), gradients)
+    # Divided here and not where they arise: a loss as small as its part of the whole would leave the range of FP8 gradients.
+    gradients = jax.tree.map(lambda gradient: gradient / parts, gradients)
+    return Result(loss / parts, terms, RouterStats(load_LE, balance_L, fill), gradients)
 
 
 def _stacks(params: dict) -> dict[str, Weights]:

@@ -24,19 +24,18 @@ OutputLoss = Callable[[dict, jax.Array, dict, Any], tuple[jax.Array, tuple[dict,
 
 
 class Objective(NamedTuple):
-    """The loss: the mean over `parts` (all microbatches on all devices) of the output loss and of the weighted balance losses."""
+    """The loss of a microbatch: the output loss plus balance_weight times the balance loss of each MoE layer."""
 
     output_loss: OutputLoss
     arguments: Any
     balance_weight: jax.Array
-    parts: int
 
 
 class Sums(NamedTuple):
-    """What a rank adds up over the ticks.
+    """What a rank adds up over its microbatches.
 
-    layers: gradients, per chunk and slot a Weights; shared: gradients of the parameters outside the stacks; loss: this rank's part of the
-    whole; terms, fill: of the output loss; stats: per chunk and slot (load [E], balance loss).
+    layers: gradients, per chunk and slot a Weights; shared: gradients of the parameters outside the stacks; loss: as far as it arises on
+    this rank; terms, fill: of the output loss; stats: per chunk and slot (load [E], balance loss).
     """
 
     layers: tuple
@@ -82,7 +81,6 @@ class Rank:
     def __init__(self, decoder: Decoder, table: Table, index: jax.Array, stages, shared: dict, microbatches: dict, objective: Objective):
         self.decoder, self.table, self.index, self.stages = decoder, table, index, stages
         self.shared, self.microbatches, self.objective = shared, microbatches, objective
-        self.share = 1 / objective.parts
         ranks, schedule = range(table.schedule.num_ranks), table.schedule
         # The rank where chunk p is the first stage, the last stage; where it takes its input, or its cotangent, from the rank itself.
         chunks = range(schedule.num_chunks)
@@ -199,7 +197,7 @@ class Rank:
         sums = sums._replace(
             layers=_put(sums.layers, p, layers),
             stats=_put(sums.stats, p, stats),
-            loss=sums.loss + self.share * self.objective.balance_weight * balance,
+            loss=sums.loss + self.objective.balance_weight * balance,
             fill=jnp.max(jnp.stack([sums.fill, *(found.fill for found in gradient.stats)])),
         )
         if self.first[p] is not None:
@@ -218,12 +216,10 @@ class Rank:
         return dy_BSD, sums
 
     def _output_loss(self, shared, hidden_BSD, batch):
-        loss, others = self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments)
-        return self.share * loss, others
+        return self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments)
 
     def _backward_input(self, p: int, residual_BSD, dy_BSD, batch: dict) -> InputGradient:
-        weight = self.share * self.objective.balance_weight
-        return self.stages[p].backward_input(residual_BSD, self._positions(batch), dy_BSD, weight)
+        return self.stages[p].backward_input(residual_BSD, self._positions(batch), dy_BSD, self.objective.balance_weight)
 
     def _add_weight_gradients(self, p: int, sums: Sums, stash: tuple[Stash, ...]) -> Sums:
         large = self.stages[p].add_weight_gradients(tuple(total.large for total in sums.layers[p]), stash)
