@@ -1,9 +1,10 @@
 """DeepSeek-V3 (671B), pre-trained as in its report.
 
     python train.py deepseek_v3 --dry-run                                            # parameters and memory, nothing allocated
-    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --data.corpus …      # 2,048 GPUs
+    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --batch-ramp-from 4096 --data.corpus …      # 2,048 GPUs
 
-Expected (the report): 14.8T tokens in about 243 thousand steps.
+Expected (the report): 14.8T tokens in about 243 thousand steps. The report's first 3,072 sequences are 24 microbatches a pipeline on
+that mesh, and dualpipev on 16 ranks wants 32: hence 4,096 there, or `--pipeline-schedule zb1p`.
 """
 
 from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, RopeScaling, TrainConfig

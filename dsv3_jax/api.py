@@ -52,9 +52,9 @@ class Model:
     def loss(self, params: dict, batch: dict) -> tuple[jax.Array, dict]:
         """Cross entropy plus 0.3 of the MTP module's, as a pure function of `params`, and its terms.
 
-        batch: {"tokens": int32 [B, S+1], optionally "segment_ids", "positions", "loss_mask" of that shape}. The terms, float32 scalars
-        before their weights, are those of `dsv3_jax.training.loss.loss_and_terms`; the balance loss is among them and not in the sum,
-        since its weight belongs to a training run.
+        batch: {"tokens": int32 [B, S+1]}, optionally "segment_ids" and "positions" of that shape, "loss_mask" [B, S]. The terms, float32
+        scalars before their weights, are those of `dsv3_jax.training.loss.loss_and_terms`; the balance loss is among them and not in the
+        sum, since its weight belongs to a training run.
         """
         batch = {name: jnp.asarray(value) for name, value in batch.items()}
         return loss_and_terms(self.decoder, params, batch, mtp_loss_weight=OptimizerConfig.mtp_loss_weight, balance_loss_weight=0.0)

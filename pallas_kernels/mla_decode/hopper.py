@@ -155,13 +155,11 @@ def _attend(
 
         return pl.run_scoped(product, plgpu.ACC((ROWS, PAGE_SIZE)))
 
-    def mask(s, start, length):
+    def mask(s, start, length, zero):
         """-inf where a query must not see a key: query i sees those below length - num_queries + 1 + i."""
-        row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + tile * ROWS
+        row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + (tile * ROWS + zero)
         key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA) + start
-        limit = length - num_queries + 1
-        for i in range(1, num_queries):
-            limit = limit + (row >= i * heads).astype(jnp.int32)
+        limit = length - num_queries + 1 + (lax.div(row, heads) if num_queries > 1 else 0)
         return jnp.where(key < limit, s, -jnp.inf)
 
     def clear_unused(values, used):
@@ -207,7 +205,7 @@ def _attend(
         used = length - block * BLOCK
         s = scores(zero, 0, zero)
         if masked:
-            s = mask(s, block * BLOCK, length)
+            s = mask(s, block * BLOCK, length, zero)
             clear_unused(left_smem.at[zero], used)
         m0 = jnp.maximum(m, jnp.max(s, axis=1) * scale)
         alpha = jnp.exp2(m - m0)
@@ -233,7 +231,7 @@ def _attend(
         used = length - block * BLOCK
         s = scores(one, 1, zero)
         if masked:
-            s = mask(s, block * BLOCK + PAGE_SIZE, length)
+            s = mask(s, block * BLOCK + PAGE_SIZE, length, zero)
             clear_unused(right_smem.at[zero], used)
         plgpu.barrier_wait(p_full.at[0])
         m0 = read_rows(0)

@@ -124,10 +124,10 @@ def test_lowers_for_a_gpu_all_shapes(shape):
 
 
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
-@pytest.mark.parametrize("fp8", [False, True])
-def test_machine_code_does_not_spill(fp8):
+@pytest.mark.parametrize("queries, fp8", [(1, False), (2, False), (1, True)])
+def test_machine_code_does_not_spill(queries, fp8):
     with aot.kernels_compiled() as kernels:
-        decode.lower(*aot.on_h200(specs(Shape(128, 2, 128, 4096, fp8=fp8)))).compile()
+        decode.lower(*aot.on_h200(specs(Shape(128, queries, 128, 4096, fp8=fp8)))).compile()
     assert len(kernels) == 2
     assert not any(kernel.serialized for kernel in kernels)
     # In FP8 six loop-invariant words, read a few times for each sequence and not for each block.
