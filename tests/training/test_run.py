@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, config, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         result = loop.run(config)
-    assert result.stopped_by == signal.SIGTERM and 2 < result.step < 6 and result.heldout_bits_per_byte is None
+    assert result.stopped_by == signal.SIGTERM and 2 <= result.step < 6 and result.heldout_bits_per_byte is None
     assert checkpoint.complete_steps(tmp_path / "run")[-1] == result.step
     again = loop.run(config)
     assert again.step == 6 and again.heldout_bits_per_byte == whole[1].heldout_bits_per_byte
