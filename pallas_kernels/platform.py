@@ -63,7 +63,9 @@ def _on_hopper(op, function):
             missing = tuple(axes - _varies_over(leaf))
             return _hopper_only.bind(lax.pcast(leaf, missing, to="varying") if missing else leaf, op=op)
 
-        return jax.tree.map(mark, function(*operands))
+        # XLA would fuse a kernel with the slice of a stacked array that it reads or writes, and (jax 0.11.2) compiles it there while it
+        # holds a lock that the kernel's compiler waits for: for ever.
+        return jax.tree.map(mark, lax.optimization_barrier(function(*lax.optimization_barrier(operands))))
 
     return run
 

@@ -89,3 +89,22 @@ def test_the_kernels_compile_to_machine_code_without_spills():
     with aot.kernels_compiled() as kernels:
         step.lower(BF16, *aot.on_h200(specs())).compile()
     assert len(kernels) == 3 and all(kernel.spilled_bytes == 0 and not kernel.serialized for kernel in kernels)
+
+
+@pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
+def test_xla_leaves_kernels_out_of_its_dynamic_slice_fusions():
+    """It would wait for ever for its own lock, on the device (pallas_kernels/platform.py)."""
+
+    def stack(x, ws, sizes):
+        def layer(x, w):
+            y = grouped_linear(x, w, sizes, recipe=BF16)
+            return y, y
+
+        y, vjp = jax.vjp(lambda x, ws: jax.lax.scan(layer, x, ws), x, ws)
+        return vjp(y)
+
+    x, sizes = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    ws = jax.ShapeDtypeStruct((3, 2, 128, 128), jnp.bfloat16)
+    computations = jax.jit(stack).lower(*aot.on_h200((x, ws, sizes))).compile().as_text().split("\n}\n")
+    holders = [text.strip().split(" ")[0] for text in computations for _ in range(text.count('custom_call_target="mosaic_gpu_v2"'))]
+    assert len(holders) == 3 and not any("slice" in name for name in holders), holders
