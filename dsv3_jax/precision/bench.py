@@ -11,6 +11,7 @@ permutation, quantisation and recomputation.
 
 import argparse
 import dataclasses
+import functools
 import re
 import tempfile
 import time
@@ -97,11 +98,9 @@ def seconds(function, *arguments, calls: int = 10) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def kernels_by_class(function, *arguments) -> Counter:
-    """Milliseconds of one call's kernels by class; scopes are read from the compiled program, where the profile names its operations."""
-    compiled = function.lower(*arguments).compile()
+def kernels(compiled, *arguments) -> Counter:
+    """{(kernel, scope of its operation): milliseconds} of one call; scopes are read from the compiled program."""
     scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
-    jax.block_until_ready(compiled(*arguments))
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(compiled(*arguments))
@@ -113,8 +112,22 @@ def kernels_by_class(function, *arguments) -> Counter:
             if line.name.startswith("Stream"):
                 for event in line.events:
                     scope = scopes.get(dict(event.stats).get("hlo_op", ""), "")
-                    milliseconds[classify(scope)] += event.duration_ns / 1e6
+                    milliseconds[event.name, scope] += event.duration_ns / 1e6
     return milliseconds
+
+
+def by_class(milliseconds: Counter) -> Counter:
+    """Milliseconds of `kernels` by class."""
+    sums = Counter()
+    for (_, scope), ms in milliseconds.items():
+        sums[classify(scope)] += ms
+    return sums
+
+
+def print_profile(milliseconds: Counter, count: int = 30) -> None:
+    print(", ".join(f"{name} {ms:.1f}" for name, ms in by_class(milliseconds).most_common()), f"= {milliseconds.total():.1f} ms of kernels")
+    for (kernel, scope), ms in milliseconds.most_common(count):
+        print(f"{ms:9.2f}  {kernel[:50]:50s}  {scope[-110:]}")
 
 
 def classify(scope: str) -> str:
@@ -129,11 +142,15 @@ def layers(arguments) -> None:
         for num_sms in (132, 112):
             function, make = card_share(ModelConfig(), precision, num_sms)
             operands = make(4096)
-            took = seconds(function, *operands)
-            by_class = kernels_by_class(function, *operands)
-            classes = "".join(f"{by_class[name]:19.1f}" for name in TRACE_MS)
+            compiled = function.lower(*operands).compile()
+            took = seconds(compiled, *operands)
+            milliseconds = kernels(compiled, *operands)
+            sums = by_class(milliseconds)
+            classes = "".join(f"{sums[name]:19.1f}" for name in TRACE_MS)
             label = f"{precision}, {num_sms} SMs"
             print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
+            if arguments.profile:
+                print_profile(milliseconds)
             del operands
     _, make = card_share(ModelConfig(), "fp8")
     params, *_ = make(4096)
@@ -141,48 +158,59 @@ def layers(arguments) -> None:
     print(f"quantising the weights, once a step: {seconds(quantise, params) * 1e3:.2f} ms")
 
 
-def trainer(config: TrainConfig):
-    """(Trainer, function that makes a state, batch, what is scheduled) of a recipe on one device, with fresh weights and random tokens."""
+def compiled_step(config: TrainConfig):
+    """(the compiled training step, a function that makes its state, its other arguments) of a recipe on one device, random tokens."""
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
-    made = Trainer(Decoder(config.model, named_recipe(config.precision), remat=config.remat), config)
+    trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=config.remat), config)
     shape = (config.batch_size, config.sequence_length + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)
-    return (
-        made,
-        lambda: jax.jit(lambda key: made.init(Decoder(config.model).init(key)))(jax.random.key(0)),
-        {"tokens": tokens},
-        Scheduled(1e-4, 0.3, 1e-3),
-    )
+    batch = {"tokens": jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)}
+    init = jax.jit(lambda key: trainer.init(Decoder(config.model).init(key)))
+    rest = batch, jax.tree.map(jnp.float32, Scheduled(1e-4, 0.3, 1e-3))
+    one = functools.partial(trainer._step, trainer.spread.decoder(trainer.buffers.size))
+    compiled = jax.jit(one, donate_argnums=0).lower(jax.eval_shape(init, jax.random.key(0)), *rest).compile()
+    return compiled, lambda: init(jax.random.key(0)), rest
+
+
+def flop_per_token(config: TrainConfig) -> float:
+    """Of the model, forward and backward: 6 a weight that a token meets (the embedding's none, the head also for MTP), and attention's
+    scores, causal: half of them. What is computed again does not count."""
+    model = config.model
+    shapes = Decoder(model).abstract_params()
+    del shapes["embed"]
+    met = lambda path: model.num_experts_per_tok / model.n_routed_experts if "experts" in (key.key for key in path) else 1  # noqa: E731
+    weights = sum(met(path) * leaf.size for path, leaf in jax.tree.leaves_with_path(shapes))
+    weights += model.num_nextn_predict_layers * shapes["lm_head"].size
+    blocks = model.num_hidden_layers + model.num_nextn_predict_layers
+    return 6 * weights + 3 * blocks * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * config.sequence_length
 
 
 def step(arguments) -> None:
     """One precision a process, because the peak of memory is the process's."""
-    from dsv3_jax.training.dry_run import parameters
-
     config = _config(arguments)
-    made, init, batch, scheduled = trainer(config)
+    start = time.perf_counter()
+    compiled, init, rest = compiled_step(config)
+    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     state = init()
     for _ in range(3):
-        state, metrics = made.step(state, batch, scheduled)
+        state, metrics = compiled(state, *rest)
     jax.block_until_ready(metrics)
     start = time.perf_counter()
     for _ in range(arguments.calls):
-        state, metrics = made.step(state, batch, scheduled)
+        state, metrics = compiled(state, *rest)
     jax.block_until_ready((state, metrics))
-    rate = arguments.calls * config.batch_size * config.sequence_length / (time.perf_counter() - start)
-    model, count = config.model, parameters(config.model)
-    # 6 FLOP a weight that a token meets, embedding left out; attention causal: half of the scores.
-    weights = count["activated"] + count["mtp"] * count["activated"] / count["main"] - model.vocab_size * model.hidden_size
-    widths = model.qk_head_dim + model.v_head_dim
-    blocks = model.num_hidden_layers + model.num_nextn_predict_layers
-    flop = 6 * weights + 3 * blocks * model.num_attention_heads * widths * config.sequence_length
+    took = (time.perf_counter() - start) / arguments.calls
+    rate = config.batch_size * config.sequence_length / took
+    flop = flop_per_token(config)
     peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
     print(
-        f"{config.precision}: {rate:,.0f} tokens/s, {rate * flop / PEAK['bf16']:.1%} of the BF16 peak, peak memory {peak:.1f} GiB, "
-        f"loss {float(metrics['loss']):.3f}"
+        f"{config.precision}, {config.batch_size} rows: {took * 1e3:.1f} ms, {rate:,.0f} tokens/s, {rate * flop / PEAK['bf16']:.1%} of the "
+        f"BF16 peak ({flop / 1e9:.3f} GFLOP/token), peak memory {peak:.1f} GiB, loss {float(metrics['loss']):.3f}",
+        flush=True,
     )
+    if arguments.profile:
+        print_profile(kernels(compiled, state, *rest), 60)
 
 
 def memory(arguments) -> None:
@@ -198,11 +226,8 @@ def memory(arguments) -> None:
         ("fp8", "layer", "bfloat16"),
     ):
         optimizer = dataclasses.replace(base.optimizer, moment_dtype=moments)
-        made, init, batch, scheduled = trainer(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
-        lowered = jax.jit(lambda *a, made=made: made._step(made.spread.decoder(made.buffers.size), *a), donate_argnums=0).lower(
-            jax.eval_shape(init), batch, scheduled
-        )
-        analysis = lowered.compile().memory_analysis()
+        compiled, _, _ = compiled_step(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
+        analysis = compiled.memory_analysis()
         sizes = f"{analysis.argument_size_in_bytes / 2**30:11.2f}{analysis.temp_size_in_bytes / 2**30:15.2f}"
         print(f"{precision:10s}{remat:14s}{moments:10s}{sizes}", flush=True)
 
@@ -222,6 +247,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step")
     parser.add_argument("--rows", type=int, help="sequences a step; the recipe's microbatch by default")
     parser.add_argument("--calls", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="also the kernels of one call that take longest (step, layers)")
     arguments = parser.parse_args()
     try:
         check_devices(named_recipe("fp8"))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats
 
-# Logits of so many entries at a time exist (512 MiB in float32), whatever the batch and the vocabulary.
-_LOGITS_AT_ONCE = 2**27
+# Logits of so many entries at a time exist (1 GiB in float32), whatever the batch and the vocabulary.
+_LOGITS_AT_ONCE = 2**28
 
 
 class Targets(NamedTuple):
@@ -121,10 +121,12 @@ def cross_entropy(decoder: Decoder, params: dict, normed_BSD: jax.Array, target:
     return _cross_entropy(decoder, params["lm_head"], normed_BSD, target)
 
 
-def _piece(decoder, lm_head, normed_BSD, target):
-    logits_BSW = decoder.head({"lm_head": lm_head}, normed_BSD)
-    chosen_BS = jnp.take_along_axis(logits_BSW, target.tokens_BS[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits_BSW, axis=-1) - chosen_BS) * target.weights_BS)
+def _losses(logits_BSW, target):
+    """(weighted sum of −log p(target), log-sum-exp of the logits [B, S, 1], whether an entry is its position's target [B, S, W])"""
+    lse_BS1 = jax.nn.logsumexp(logits_BSW, axis=-1, keepdims=True)
+    chosen_BSW = jnp.arange(logits_BSW.shape[-1], dtype=jnp.int32) == target.tokens_BS[..., None]  # no gather, whose transpose is a scatter
+    chosen_BS = jnp.sum(jnp.where(chosen_BSW, logits_BSW, 0), axis=-1)
+    return jnp.sum((lse_BS1[..., 0] - chosen_BS) * target.weights_BS), lse_BS1, chosen_BSW
 
 
 def _pieces(decoder, normed_BSD, target):
@@ -143,14 +145,20 @@ def _pieces(decoder, normed_BSD, target):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(decoder, lm_head, normed_BSD, target):
     def add(total, piece):
-        return total + _piece(decoder, lm_head, *piece), None
+        normed_BSD, target = piece
+        return total + _losses(decoder.head({"lm_head": lm_head}, normed_BSD), target)[0], None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), _pieces(decoder, normed_BSD, target))[0]
 
 
 def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
     def add(sums, piece):
-        loss, (dhead, dnormed) = jax.value_and_grad(functools.partial(_piece, decoder), argnums=(0, 1))(lm_head, *piece)
+        normed_BSD, target = piece
+        logits_BSW, head_vjp = jax.vjp(lambda head, x: decoder.head({"lm_head": head}, x), lm_head, normed_BSD)
+        loss, lse_BS1, chosen_BSW = _losses(logits_BSW, target)
+        # In one pass over the logits, written out once more in the compute dtype; by autodiff it is four.
+        dlogits_BSW = (jnp.exp(logits_BSW - lse_BS1) - chosen_BSW) * target.weights_BS[..., None]
+        dhead, dnormed = head_vjp(dlogits_BSW)
         return (sums[0] + loss, sums[1] + dhead), dnormed
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32)
