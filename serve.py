@@ -90,6 +90,7 @@ def make_engine(options: argparse.Namespace):
         prefill_tokens=options.prefill_tokens,
         fp8_cache=options.fp8_cache,
         speculate=options.speculate,
+        consume=True,
     )
 
 

@@ -150,16 +150,14 @@ class MLA(Module):
         """Write the new tokens' latents into the cache and attend to all of it, absorbed (report §2.1.1; DeepSeek-V2 appendix).
 
         The up-projections of keys and values act on queries and outputs instead, so that attention runs on the latents alone.
-        Returns ([B, S, D], the new pages).
+        They are `k_up_proj` and `v_up_proj` (see decode_params). Returns ([B, S, D], the new pages).
         """
         c = self.config
         q_BSHd, latent_BSC = self.project(x_BSD, where)
         pages = mla_append(cache.pages, latent_BSC, cache.page_table, cache.write_positions)
-        kv_b = self.dense_weight("kv_b_proj").reshape(c.num_attention_heads, -1, c.kv_lora_rank)
-        w_uk_HNC, w_uv_HVC = jnp.split(kv_b, [c.qk_nope_head_dim], axis=1)
         q_nope, q_rope = jnp.split(q_BSHd, [c.qk_nope_head_dim], axis=-1)
         precision = self.recipe.product_precision
-        q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, w_uk_HNC, precision=precision)
+        q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, self.k_up_proj[...], precision=precision)
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
         attended_BSHC, _ = mla_decode(
             q,
@@ -170,5 +168,5 @@ class MLA(Module):
             value_width=c.kv_lora_rank,
             out_dtype=self.recipe.compute_dtype,
         )
-        attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, w_uv_HVC, precision=precision)
+        attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, self.v_up_proj[...], precision=precision)
         return self.output(attended_BSHV), pages

@@ -15,6 +15,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import module
 from dsv3_jax.model.attention import PagedCache, Positions
 from dsv3_jax.model.block import DecoderLayer
+from dsv3_jax.model.decode_params import decode_params
 from dsv3_jax.model.moe import Exchange, RouterStats, exchange_locally
 from dsv3_jax.model.mtp import MTP
 from dsv3_jax.precision import FLOAT32, Recipe, linear
@@ -156,11 +157,16 @@ class Decoder:
 
     # Passes over a paged cache: serving.
 
+    def decode_params(self, params: dict, *, consume: bool = False) -> dict:
+        """The parameters as `decode` and `decode_mtp` take them, the rest of the model too (see model.decode_params)."""
+        return decode_params(params, self.config, self.recipe, consume=consume)
+
     def decode(
         self, params: dict, tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk: str | None = None
     ) -> tuple[jax.Array, dict, RouterStats]:
         """New tokens of each sequence over the paged cache: one or a few, absorbed, or with `chunk` many, materialised.
 
+        params: as `decode_params` gives them. The layers are not a loop, so that the kernels read their weights where they are.
         tokens, positions int32 [B, S] (position -1: padding, not written); caches: {"dense_layers": pages [L, P, 64, C+R],
         "moe_layers": ...}; page_table [B, pages]; lengths [B], new tokens included. Without `chunk` a row's last token is at its end.
         chunk: "first" where the rows start their sequences, padding at their ends; "later" where they follow what the cache holds.
@@ -171,19 +177,18 @@ class Decoder:
         for name in ("dense_layers", "moe_layers"):
             if name not in self._makers:
                 continue
-            num_layers, num_pages = caches[name].shape[:2]
 
-            # The pages of all layers are carried as one pool, updated in place; as the scan's inputs and outputs they would be copied.
-            def layer(carry, params_and_index, name=name, num_pages=num_pages):
-                x_BSD, pool = carry
-                layer_params, index = params_and_index
-                cache = PagedCache(pool, page_table + index * num_pages, lengths_B, positions_BS)
-                x_BSD, pool, stats = module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache, chunk=chunk)
-                return (x_BSD, pool), stats
+            @jax.jit  # traced once for all layers
+            def layer(layer_params, x_BSD, cache, name=name):
+                return module.bind(self.modules[name], layer_params).decode(x_BSD, where, cache, chunk=chunk)
 
-            pool = caches[name].reshape(-1, *caches[name].shape[2:])
-            (x_BSD, pool), stats = jax.lax.scan(layer, (x_BSD, pool), (params[name], jnp.arange(num_layers)))
+            pool, stats = caches[name].reshape(-1, *caches[name].shape[2:]), []  # one pool, updated in place
+            for index, layer_params in enumerate(params[name]):
+                table = page_table + index * caches[name].shape[1]
+                x_BSD, pool, of_layer = layer(layer_params, x_BSD, PagedCache(pool, table, lengths_B, positions_BS))
+                stats.append(of_layer)
             new_caches[name] = pool.reshape(caches[name].shape)
+            stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
         return x_BSD, new_caches, stats
 
     def decode_mtp(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.precision import FP8_WEIGHTS, Activation, FP8Weight, Recipe, Scales, Weight, dense, grouped_linear, linear, swiglu_linear
+from dsv3_jax.precision import FP8_WEIGHTS, Activation, Recipe, Scales, Weight, grouped_linear, linear, swiglu_linear
 from pallas_kernels import Quantized
 
 
@@ -33,11 +33,6 @@ class Module(nnx.Module):
     def swiglu_linear(self, name: str, gate_up: jax.Array, group_sizes_E=None, row_weights=None) -> jax.Array:
         """silu(gate) · up (· a weight for each row) times the weight `name` [N, K], or [E, N, K] when group sizes are given."""
         return swiglu_linear(gate_up, self._weight(name), group_sizes_E, row_weights, recipe=self.recipe, **self._options(name))
-
-    def dense_weight(self, name: str) -> jax.Array:
-        """The weight `name` itself in the compute dtype, where it is not used as a product."""
-        w = self._weight(name)
-        return dense(w.master if isinstance(w, FP8Weight) else w, self.recipe.compute_dtype).astype(self.recipe.compute_dtype)
 
     def _weight(self, name: str) -> Weight:
         w, scale, fp8 = getattr(self, name)[...], getattr(self, name + "_scale", None), getattr(self, name + "_fp8", None)

@@ -44,7 +44,8 @@ class Engine:
     """Continuous batching over a paged latent cache.
 
     Args:
-      decoder, params: the model; arrays where they shall be used.
+      decoder, params: the model; arrays where they shall be used. consume: the layers' parameters are deleted as the engine makes
+        its own form of them (`Decoder.decode_params`), so that they are not held twice.
       tokenizer: for text prompts, answers as text, and stop texts.
       max_batch: requests that run at once.
       max_length: tokens of a request, prompt and answer; default what the model's positions allow.
@@ -68,6 +69,7 @@ class Engine:
         prefill_tokens: int = 1024,
         fp8_cache: bool = False,
         speculate: bool = False,
+        consume: bool = False,
     ):
         config = decoder.config
         for name, value in (("max_batch", max_batch), ("max_length", max_length or 1), ("prefill_tokens", prefill_tokens)):
@@ -76,6 +78,7 @@ class Engine:
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
         max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+        params = decoder.decode_params(params, consume=consume)
         dtype = jnp.uint8 if fp8_cache else decoder.recipe.compute_dtype
         shapes = Shapes.of(max_batch=max_batch, max_length=max_length, prefill_tokens=prefill_tokens)
         if num_pages is None:

@@ -49,18 +49,19 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 class Result(NamedTuple):
     """What a step gave each of its requests: sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), how many of them count [B],
-    and the tokens drafted to follow them [B] or None."""
+    the tokens drafted to follow them [B] or None, and how many tokens chose each expert of each MoE layer [L, E]."""
 
     sampled: Sampled
     counts: np.ndarray | jax.Array
     drafts: jax.Array | None
+    load_LE: jax.Array
 
 
 class Runner:
     """Holds the parameters and the caches on the device.
 
     Args:
-      decoder, params: the model.
+      decoder, params: the model; parameters as `Decoder.decode_params` gives them.
       shapes: of its programs.
       num_pages: pages of the pool.
       cache_dtype: of the pages; uint8 is the FP8 layout.
@@ -118,21 +119,21 @@ class Runner:
 
     def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> Result:
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
-        logits_BQW, hidden_BSD, self.caches = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, chunk=chunk)
+        logits_BQW, hidden_BSD, self.caches, load_LE = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, chunk=chunk)
         bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values
         new_positions = np.take_along_axis(inputs.positions, inputs.last, axis=1) + 1
         sampled = sample(logits_BQW, inputs.rows, new_positions, logprobs=logprobs, bias_BQW=bias_BQW)
         if not self.speculate:
-            return Result(sampled, np.ones(len(inputs.lengths), np.int32), None)
+            return Result(sampled, np.ones(len(inputs.lengths), np.int32), None, load_LE)
         may_accept = ~np.isin(np.arange(len(inputs.lengths)), list(bias))
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
         drafts_B, counts_B, self.caches = _draft(
             self.decoder, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,
             may_accept, chunk=chunk,
         )  # fmt: skip
-        return Result(sampled, counts_B, drafts_B)
+        return Result(sampled, counts_B, drafts_B, load_LE)
 
 
 class _Inputs(NamedTuple):
@@ -157,10 +158,10 @@ class _Inputs(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("decoder", "chunk"), donate_argnames="caches")
 def _forward(decoder, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, chunk):
-    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches."""
-    hidden_BSD, caches, _ = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
+    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads [L, E]."""
+    hidden_BSD, caches, stats = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
     wanted_BQD = jnp.take_along_axis(hidden_BSD, last_BQ[..., None], axis=1)
-    return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches
+    return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches, stats.load_E
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "chunk"), donate_argnames="caches")

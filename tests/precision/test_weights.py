@@ -79,7 +79,7 @@ def test_the_model_computes_with_the_dequantised_values(decoder, stored):
         mtp, _ = decoder.mtp(params, output.hidden_BSD[:, :-1], tokens[:, 1:])
         caches = {name: jnp.zeros((1, 2, 64, CONFIG.latent_dim)) for name in ("dense_layers", "moe_layers")}
         positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-        decoded, *_ = decoder.decode(params, tokens, positions, caches, jnp.array([[0], [1]]), jnp.full((2,), 12))
+        decoded, *_ = decoder.decode(decoder.decode_params(params), tokens, positions, caches, jnp.array([[0], [1]]), jnp.full((2,), 12))
         return output.hidden_BSD, mtp, decoded
 
     for ours, expected in zip(jax.jit(passes)(stored), jax.jit(passes)(plain)):

@@ -1,0 +1,264 @@
+"""A serving step against its floor, on random weights made on the device: no checkpoint is needed.
+
+    python -m dsv3_jax.serving.decode_bench moonlight_16b --precision fp8
+    python -m dsv3_jax.serving.decode_bench deepseek_v3 --precision fp8 --layers 6 --dense 1     # as many layers as fit
+
+A row of the table is a decode step of so many requests with `--context` tokens each:
+  step: back to back without reading a result; engine: with scheduling, reading and handing out of tokens, as they are served;
+  kernels: the sum of their times in a profile, gaps between them left out; floor: the longer of the bytes that must be read (weights that
+  the step touches, latents) over what a copy reaches on this card, and its FLOP over the data sheet's dense BF16 peak.
+`--empty` runs the same number of layers, each next to nothing: what launches cost. `--prefill N` adds a prompt of N tokens.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import re
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.precision import recipe as named_recipe
+from dsv3_jax.precision import to_fp8
+from dsv3_jax.serving.cache import pages_for
+from dsv3_jax.serving.engine import Engine
+from dsv3_jax.serving.request import Request, SamplingParams
+from dsv3_jax.serving.scheduler import Work
+
+PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA's data sheet
+
+
+def random_params(decoder: Decoder) -> dict:
+    """Parameters for `Decoder.decode` that cost no checkpoint: gains are one, all else normal; FP8 weights as the recipe stores them."""
+    shapes = decoder.abstract_params()
+    if decoder.recipe.fp8:
+        shapes = jax.eval_shape(to_fp8, shapes)
+    shapes = jax.eval_shape(decoder.decode_params, shapes)
+    keys = iter(range(10**6))
+
+    def make(path, leaf):
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name.endswith("_scale"):
+            return jnp.full(leaf.shape, decoder.config.initializer_range, leaf.dtype)
+        std = 1.0 if leaf.dtype == jnp.float8_e4m3fn else decoder.config.initializer_range
+        return _normal(jax.random.key(next(keys)), leaf.shape, leaf.dtype, std)
+
+    return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key, shape, dtype, std):
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy of 2 GiB reads and writes."""
+    x = jnp.zeros(2**30, jnp.bfloat16)
+    add = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(add(x))
+    start = time.perf_counter()
+    for _ in range(10):
+        out = add(x)
+    jax.block_until_ready(out)
+    return 10 * 2 * x.nbytes / (time.perf_counter() - start)
+
+
+def fill(engine: Engine, batch: int, context: int, new_tokens: int) -> list[Request]:
+    """Requests in the middle of their answers, as if their `context` tokens had been prefilled."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    requests = [Request(rng.integers(0, engine.config.vocab_size, context).tolist(), params) for _ in range(batch)]
+    for request in requests:
+        engine.add(request)
+    engine.scheduler.schedule()  # gives all of them their pages
+    for request in requests:
+        engine.scheduler.cached(request, context - 1)
+        request.prefilling = False
+        request.draft = 0
+    return requests
+
+
+def decode_floor(engine: Engine, batch: int, context: int, touched_experts: int) -> tuple[float, float]:
+    """(bytes that a decode step must read, FLOP that it must do). touched_experts: those that some token chose, over all layers."""
+    config, params = engine.config, engine.runner.params
+    sizes, counts = Counter(), Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [getattr(key, "key", "") for key in path]
+        if names[0] in ("embed", "mtp") or names[-1] in ("k_up_proj", "v_up_proj"):  # the latter are kv_b_proj once more
+            continue
+        kind = "experts" if "experts" in names else "other"
+        sizes[kind] += leaf.nbytes
+        counts[kind] += 0 if names[-1].endswith("_scale") else leaf.size
+    experts = config.num_moe_layers * config.n_routed_experts
+    latents = batch * context * sum(cache[:, 0, 0].nbytes for name, cache in engine.runner.caches.items() if name != "mtp")
+    scores = 2 * config.num_hidden_layers * config.num_attention_heads * context * (config.latent_dim + config.kv_lora_rank)
+    active = counts["other"] + counts["experts"] * config.num_experts_per_tok / config.n_routed_experts
+    return sizes["other"] + sizes["experts"] * touched_experts / max(experts, 1) + latents, batch * (2 * active + scores)
+
+
+def per_call(function, calls: int) -> float:
+    """Seconds of a call, of `calls` that follow each other without waiting."""
+    jax.block_until_ready(function())
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = function()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+
+def kernels(function) -> tuple[Counter, Counter]:
+    """Milliseconds of one call's kernels by name, and how many there are."""
+    jax.block_until_ready(function())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(function())
+        (file,) = Path(directory).glob("**/*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    milliseconds, count = Counter(), Counter()
+    for plane in profile.planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    name = re.sub(r"[._]?\d+$", "", event.name)
+                    milliseconds[name] += event.duration_ns / 1e6
+                    count[name] += 1
+    return milliseconds, count
+
+
+def measure(engine: Engine, batch: int, context: int, calls: int, bandwidth: float, show: int) -> None:
+    requests = fill(engine, batch, context, 4 * calls + 4)
+    work = Work(requests, [engine.runner.decode_width] * batch, None)
+    launch = lambda: engine.runner.run(work, {})  # noqa: E731
+    start = time.perf_counter()
+    result = jax.block_until_ready(launch())
+    compiled = time.perf_counter() - start
+    step = per_call(lambda: launch().sampled, calls)
+    milliseconds, count = kernels(lambda: launch().sampled)
+    touched = int(np.sum(np.asarray(result.load_LE) > 0))
+    num_bytes, flop = decode_floor(engine, batch, context, touched)
+    floor = max(num_bytes / bandwidth, flop / PEAK["bf16"])
+
+    engine.step()
+    generated, start = engine.stats.generated_tokens, time.perf_counter()
+    for _ in range(calls):
+        engine.step()
+    seconds = time.perf_counter() - start
+    rate = (engine.stats.generated_tokens - generated) / seconds
+    for request in requests:
+        engine.abort(request)
+    kernel_ms = sum(milliseconds.values())
+    print(
+        f"| {batch} | {step * 1e3:.2f} | {kernel_ms:.2f} | {sum(count.values())} | {seconds / calls * 1e3:.2f} | {rate:,.0f} | "
+        f"{num_bytes / 1e9:.2f} | {floor * 1e3:.2f} | {floor / step:.0%} | {floor * calls / seconds:.0%} | {touched} | {compiled:.0f} |",
+        flush=True,
+    )
+    for name, ms in milliseconds.most_common(show):
+        print(f"    {ms:8.3f} ms {count[name]:5d}  {name}", flush=True)
+
+
+def prefill(engine: Engine, length: int, precision: str, show: int) -> None:
+    """A prompt of `length` tokens in chunks of the engine's size."""
+    rng, config = np.random.default_rng(1), engine.config
+
+    def once():
+        request = Request(rng.integers(0, config.vocab_size, length).tolist(), SamplingParams(max_new_tokens=1, ignore_eos=True))
+        engine.add(request)
+        start = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        return time.perf_counter() - start
+
+    once()
+    seconds = min(once() for _ in range(3))
+    counts = Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(engine.runner.params):
+        names = [getattr(key, "key", "") for key in path]
+        if names[0] not in ("embed", "mtp", "lm_head") and not names[-1].endswith(("_scale", "k_up_proj", "v_up_proj")):
+            share = config.num_experts_per_tok / config.n_routed_experts if "experts" in names else 1
+            counts["active"] += leaf.size * share
+    attention = config.num_hidden_layers * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * length**2
+    flop = 2 * counts["active"] * length + attention
+    print(
+        f"prefill of {length}: {seconds * 1e3:.1f} ms, {length / seconds:,.0f} tokens/s, {flop / seconds / 1e12:.0f} TFLOP/s, "
+        f"{flop / seconds / PEAK[precision]:.1%} of the {precision.upper()} peak",
+        flush=True,
+    )
+    if show:
+        request = Request(rng.integers(0, config.vocab_size, length).tolist(), SamplingParams(max_new_tokens=1, ignore_eos=True))
+        engine.add(request)
+        work = engine.scheduler.schedule()
+        milliseconds, count = kernels(lambda: engine.runner.run(work, {}).sampled)
+        for name, ms in milliseconds.most_common(show):
+            print(f"    {ms:8.3f} ms {count[name]:5d}  {name}", flush=True)
+        engine.abort(request)
+
+
+def empty(config: ModelConfig) -> ModelConfig:
+    """The same layers with next to nothing in them; the cache keeps the width that the kernel takes."""
+    query = config.q_lora_rank and 128
+    small = {"hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 128, "q_lora_rank": query, "vocab_size": 1024}
+    return dataclasses.replace(config, num_attention_heads=8, **small)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="of configs/: its model")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp8"])
+    parser.add_argument("--layers", type=int, help="default all")
+    parser.add_argument("--dense", type=int, help="dense layers among them; default the model's")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 64, 256])
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument("--fp8-cache", action="store_true")
+    parser.add_argument("--empty", action="store_true")
+    parser.add_argument("--prefill", type=int, default=0)
+    parser.add_argument("--speculate", action="store_true")
+    parser.add_argument("--show", type=int, default=0, help="that many kernels, the longest first")
+    options = parser.parse_args()
+
+    config = importlib.import_module(f"configs.{options.recipe}").model()
+    if options.layers:
+        dense = config.first_k_dense_replace if options.dense is None else options.dense
+        config = dataclasses.replace(config, num_hidden_layers=options.layers, first_k_dense_replace=dense)
+    config = dataclasses.replace(config, num_nextn_predict_layers=int(options.speculate))
+    if options.empty:
+        config = empty(config)
+    decoder = Decoder(config, named_recipe(options.precision))
+    bandwidth = copy_bandwidth()
+    start = time.perf_counter()
+    params = jax.block_until_ready(random_params(decoder))
+    gigabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
+    print(
+        f"{options.recipe}{' (empty)' if options.empty else ''}, {config.num_hidden_layers} layers, {options.precision}, "
+        f"{'FP8' if options.fp8_cache else 'bf16'} cache: {gigabytes:.1f} GB of weights in {time.perf_counter() - start:.0f} s; "
+        f"{jax.local_devices()[0].device_kind}, jax {jax.__version__}, copy {bandwidth / 1e9:.0f} GB/s"
+    )
+    longest = max(options.context + 8 * options.calls + 8, options.prefill + 1)
+    num_pages = max([1, *options.batch]) * pages_for(options.context + 8 * options.calls + 8) + pages_for(options.prefill + 1)
+    engine = Engine(
+        decoder, params, max_batch=max([1, *options.batch]), max_length=longest, num_pages=num_pages,
+        prefill_tokens=max(options.prefill, 1024), fp8_cache=options.fp8_cache, speculate=options.speculate,
+    )  # fmt: skip
+    if not options.fp8_cache:  # not zeros: a card's clock depends on what it moves
+        engine.runner.caches = {name: _normal(jax.random.key(0), x.shape, x.dtype, 1.0) for name, x in engine.runner.caches.items()}
+    if options.batch:
+        columns = "batch, step ms, kernels ms, kernels, engine ms, tokens/s, GB, floor ms, floor/step, floor/engine, experts, compile s"
+        print(f"| {columns.replace(', ', ' | ')} |\n{'| --- ' * 12}|")
+    for batch in options.batch:
+        measure(engine, batch, options.context, options.calls, bandwidth, options.show)
+    if options.prefill:
+        prefill(engine, options.prefill, options.precision, options.show)
+
+
+if __name__ == "__main__":
+    main()

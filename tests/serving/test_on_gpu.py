@@ -1,0 +1,68 @@
+"""The engine on a Hopper GPU, with its kernels, against whole forward passes in float32 (for FP8: of the same codes, in plain JAX)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.precision import recipe, to_fp8
+from dsv3_jax.serving import Engine, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = ModelConfig(  # small, with the cache of V3, which the kernel is made for
+    vocab_size=1024, hidden_size=512, num_hidden_layers=3, intermediate_size=1024, num_attention_heads=16, q_lora_rank=256,
+    first_k_dense_replace=1, moe_intermediate_size=256, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
+    rope_scaling=None, max_position_embeddings=2048, initializer_range=0.05,
+)  # fmt: skip
+PARAMS = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
+LENGTHS = (1, 5, 64, 65, 300, 700)
+
+
+def flipped_far(reference, prompts, completions):
+    """(of all tokens the part that is not within 0.15 of the reference's likeliest log-probability, mean error of log-probabilities)."""
+    logits_of, far, errors = jax.jit(reference[0].logits), [], []
+    for prompt, completion in zip(prompts, completions):
+        tokens = np.zeros((1, 1024), np.int32)
+        tokens[0, : len(prompt) + 40] = prompt + completion.tokens
+        rows = np.asarray(jax.nn.log_softmax(logits_of(reference[1], tokens), axis=-1))[0, len(prompt) - 1 :][:40]
+        chosen = rows[np.arange(40), completion.tokens]
+        far += (chosen < rows.max(axis=-1) - 0.15).tolist()
+        errors += [abs(entry.logprob - value) for entry, value in zip(completion.logprobs, chosen)]
+    return np.mean(far), np.mean(errors)
+
+
+@pytest.mark.parametrize("fp8_cache", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_tokens_are_the_likeliest_of_a_whole_pass(precision, fp8_cache):
+    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0))
+    reference = Decoder(CONFIG), params
+    if precision == "fp8":
+        params = jax.jit(to_fp8)(params)
+        reference = Decoder(CONFIG, recipe("fp8_reference")), params
+    engine = Engine(Decoder(CONFIG, recipe(precision)), params, max_batch=8, num_pages=128, prefill_tokens=256, fp8_cache=fp8_cache)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in LENGTHS]
+    completions = engine.generate(prompts, PARAMS)
+    far, error = flipped_far(reference, prompts, completions)
+    print(f"{precision}, FP8 cache {fp8_cache}: {far:.1%} of the tokens are not the likeliest, log-probabilities differ by {error:.4f}")
+    assert far < 0.03 and error < 0.05
+    assert engine.pool.num_free == engine.pool.num_pages
+    draws = dataclasses.replace(PARAMS, temperature=1.0, top_p=0.9, seed=3)
+    assert [c.tokens for c in engine.generate(prompts, draws)] == [c.tokens for c in engine.generate(prompts, draws)]
+
+
+def test_scattered_pages_hold_what_whole_ones_do():
+    """The cache is read through the page table: pages in any order, the same tokens."""
+    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(1))
+    prompt, answers = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 500).tolist(), []
+    for scattered in (False, True):
+        engine = Engine(Decoder(CONFIG, recipe("bf16")), params, max_batch=8, num_pages=128, prefill_tokens=256)
+        if scattered:
+            pages = [engine.pool.allocate() for _ in range(128)]
+            engine.pool.release(np.random.default_rng(2).permutation(pages).tolist())
+        answers.append(engine.generate([prompt], PARAMS)[0].tokens)
+    assert answers[0] == answers[1]
