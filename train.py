@@ -3,6 +3,7 @@
 python train.py                                   the recipe tiny, from nothing to a sample, on any machine
 python train.py small --workdir runs/small        goes on where the folder left off, if it holds a run
 python train.py tiny --model.hidden-size 128      every field of a recipe is an option
+python train.py small --supervise 8               eight processes, a GPU each, started again when one dies or stops
 python train.py deepseek_v3 --dry-run             parameters, bytes a device, tokens a step; nothing is allocated
 """
 
@@ -35,6 +36,8 @@ class Command(TrainConfig):
     coordinator: str | None = None  # HOST:PORT of the first of several processes; SLURM, OpenMPI and Kubernetes say all this themselves
     num_processes: int | None = None
     process_id: int | None = None
+    supervise: int | None = None  # start so many processes here, one a GPU, and start them again when one dies or stops
+    min_processes: int | None = None  # go on with as few, where one does not come up any more; default: all
 
 
 def main(argv: list[str]) -> int:
@@ -52,9 +55,13 @@ def train(argv: list[str]) -> int:
     named = bool(argv) and not argv[0].startswith("-")
     recipe, options = (argv[0], argv[1:]) if named else ("tiny", argv)
     command = parse(load_recipe(recipe), options)
-    set_environment(command)  # JAX reads it when it is first imported
     config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
     config = dataclasses.replace(config, workdir=config.workdir.format(recipe=Path(recipe).stem))
+    if command.supervise is not None:
+        if command.process_id is None:
+            return supervise(command, config, argv)
+        argv = argv[: argv.index("--coordinator")]  # of a supervised process: the command that is shown is the user's
+    set_environment(command)  # JAX reads it when it is first imported
     processes.join(command.coordinator, command.num_processes, command.process_id)
 
     if command.dry_run:
@@ -83,6 +90,18 @@ def train(argv: list[str]) -> int:
         print_sample(result)
     print(f"train on:  {with_steps(argv, 2 * config.steps)}\ngenerate:  python serve.py {result.directory} --prompt 'import '")
     return 0
+
+
+def supervise(command: Command, config: TrainConfig, argv: list[str]) -> int:
+    """Run the same command in several processes."""
+    most, least = command.supervise, command.supervise if command.min_processes is None else command.min_processes
+    if not 1 <= least <= most:
+        raise UserError(f"--supervise {most} and --min-processes {least}: give at least one process, and no more for the fewest")
+    if command.coordinator is not None or command.num_processes is not None:
+        raise UserError("--supervise starts the processes itself: leave --coordinator and --num-processes out")
+    from dsv3_jax.training import supervisor
+
+    return supervisor.run([sys.executable, *sys.argv[:1], *argv], config, most, least, command.fake_devices or 1)
 
 
 def with_steps(argv: list[str], steps: int) -> str:

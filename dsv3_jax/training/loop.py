@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 def run(config: TrainConfig) -> Result:
     """Train, or go on training, in `config.workdir`. Raises UserError, with the last complete checkpoint intact."""
     directory = Path(config.workdir)
-    with _locked(directory), _stop_signals() as stop:
+    with _locked(directory), stop_signals() as stop:
         return Run(config, directory, stop).train()
 
 
@@ -62,7 +62,7 @@ class Run:
         numerics = recipe(resolve_precision(config.precision))
         check_devices(numerics)
         self.mesh = meshes.make(config.mesh)
-        _check_mesh(config, self.mesh)
+        check_mesh(config, self.mesh.shape)
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": _POSITION})["data"] if self.resumed_from else _POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
@@ -264,12 +264,13 @@ def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: chec
     return prepared
 
 
-def _check_mesh(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where the experts, the layers or the batch do not divide over a mesh of these sizes."""
     batches = {name: getattr(config, name) for name in ("batch_size", "batch_ramp_from", "microbatch_size")}
-    meshes.check(mesh.shape, config.model, batches)
-    if mesh.shape["pipe"] > 1:
+    meshes.check(sizes, config.model, batches)
+    if sizes["pipe"] > 1:
         for num_rows in (config.batch_size, config.batch_ramp_from or config.batch_size):
-            pipeline.schedule(config, mesh.shape, num_rows)
+            pipeline.schedule(config, sizes, num_rows)
 
 
 def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | None:
@@ -352,7 +353,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Signals to stop, as they come: the step that runs is finished and saved. A second Ctrl-C ends the run at once."""
     received: list[int] = []
 
