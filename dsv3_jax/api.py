@@ -126,12 +126,12 @@ def load(path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: 
         if step is not None:
             raise UserError(f"{path} is a Hugging Face directory, which has no steps: leave step out")
         config, values = hub.config_json.read(path)
-        _, params = hub.load(path, shardings=_shardings(config, mesh), dtype=dtype, weights=weights)
+        _, params = hub.load(path, shardings=shardings(config, mesh), dtype=dtype, weights=weights)
         tokenizer, named = path, values.get("torch_dtype") or values.get("dtype")
     else:
         saved = open_run(path, step)
         config = from_dict(ModelConfig, saved.config["model"])
-        params = saved.params(dtype, _shardings(config, mesh, fp8=_in_fp8(saved.abstract())))
+        params = saved.params(dtype, shardings(config, mesh, fp8=_in_fp8(saved.abstract())))
         if weights == "dequantised":
             params = from_fp8(params, dtype or jnp.float32)
         tokenizer, named = saved.directory.parent / "tokenizer", saved.config.get("precision")
@@ -149,7 +149,7 @@ def _on_hopper() -> bool:
     return all(getattr(device, "compute_capability", None) == "9.0" for device in jax.local_devices())
 
 
-def _shardings(config: ModelConfig, mesh: Any, *, fp8: bool = False) -> Any:
+def shardings(config: ModelConfig, mesh: Any, *, fp8: bool = False) -> Any:
     """How parameters lie on the mesh, those of weights in FP8 included; None without a mesh."""
     if mesh is None:
         return None
@@ -157,14 +157,14 @@ def _shardings(config: ModelConfig, mesh: Any, *, fp8: bool = False) -> Any:
     axes, shapes = decoder.logical_axes(), decoder.abstract_params()
     if fp8:
         axes, shapes = fp8_axes(axes), jax.eval_shape(to_fp8, shapes)
-    shardings = param_shardings(axes, mesh)
-    for (path, sharding), leaf in zip(jax.tree.leaves_with_path(shardings), jax.tree.leaves(shapes), strict=True):
+    found = param_shardings(axes, mesh)
+    for (path, sharding), leaf in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(shapes), strict=True):
         try:
             sharding.shard_shape(leaf.shape)
         except ValueError as error:
             name, sizes = "/".join(key.key for key in path), ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
             raise UserError(f"{name} {list(leaf.shape)} does not divide over the mesh {sizes}: choose sizes that divide it") from error
-    return shardings
+    return found
 
 
 def _is_hugging_face(path: Path) -> bool:

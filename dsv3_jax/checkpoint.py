@@ -10,13 +10,14 @@ metadata, so that any mesh, or a notebook on one CPU, can load them. Orbax does 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from dsv3_jax.errors import UserError
 
 CHECKSUMS = "checksums.json"
+_TOGETHER_BYTES = 10**9
 # These keep their dtype whatever a loader asks for: block scales and the router's selection bias are float32 by definition.
 _FLOAT32_BY_DEFINITION = re.compile(r"(_scale|e_score_correction_bias)$")
 
@@ -78,15 +80,16 @@ class Saved:
         """The shapes and dtypes of an item of arrays, in its structure; none of them is read."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._metadata(item))
 
-    def leaf(self, path: tuple[str, ...], item: str = "params") -> jax.Array:
-        """One array of an item, on the first device; the others are not read. Files are not checked: `verify` them once before."""
+    def leaves(self, paths: Iterable[tuple[str, ...]], item: str = "params") -> dict[tuple[str, ...], jax.Array]:
+        """Some arrays of an item by their paths, on the first device. Files are not checked: `verify` them once before."""
+        paths = set(paths)
 
         def wanted(at, leaf):
-            return leaf if tuple(key.key for key in at) == path else ocp.PLACEHOLDER
+            return leaf if tuple(key.key for key in at) in paths else ocp.PLACEHOLDER
 
         abstract = jax.tree_util.tree_map_with_path(wanted, with_shardings(self.abstract(item)))
         loaded = ocp.load_checkpointables(self.directory, {item: abstract})[item]
-        return next(leaf for leaf in jax.tree.leaves(loaded) if isinstance(leaf, jax.Array))
+        return {tuple(key.key for key in at): leaf for at, leaf in jax.tree.leaves_with_path(loaded) if isinstance(leaf, jax.Array)}
 
     def params(self, dtype: Any = None, shardings: Any = None, item: str = "params") -> dict:
         """The parameters as a pure dict of arrays, without the optimizer's state.
@@ -188,15 +191,49 @@ class Writer:
         try:
             saving.result()
             if jax.process_index() == 0:
-                folder = self.directory / str(step)
-                names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != CHECKSUMS]
-                write_atomically(folder / CHECKSUMS, json.dumps(_checksums(folder, names), indent=0, sort_keys=True))
+                _complete(self.directory / str(step))
                 for old in complete_steps(self.directory)[: -self.keep]:
                     # First it stops being complete, then it goes: there is no moment at which half a step looks like one.
                     (self.directory / str(old) / CHECKSUMS).unlink()
                     shutil.rmtree(self.directory / str(old))
         except Exception as error:  # handed to the thread that saves
             self._error = error
+
+
+def save_streaming(directory: str | Path, step: int, config: dict, leaves: Iterable[tuple[tuple[str, ...], jax.Array]]) -> None:
+    """Save a step that has parameters only, one after another: (path, array). One of them is held, on its devices and on the host.
+
+    An interrupted save is not complete, as with `Writer`, which clears it. Raises UserError where it cannot be written.
+    """
+    folder = Path(directory).absolute() / str(step)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for tree in _together(leaves):
+            ocp.partial.save(folder, tree, custom_metadata={"config": config})
+            del tree  # before the next one is made
+        ocp.partial.finalize(folder)
+        # Orbax calls the only item of such a checkpoint `state`.
+        (folder / "state").rename(folder / "params")
+        metadata = folder / "_CHECKPOINT_METADATA"
+        handlers = {"params": f"{ocp.handlers.PyTreeHandler.__module__}.{ocp.handlers.PyTreeHandler.__qualname__}"}
+        write_atomically(metadata, json.dumps(json.loads(metadata.read_text()) | {"item_handlers": handlers}))
+        _complete(folder)
+    except OSError as error:
+        raise UserError(f"cannot write into {directory} ({error.strerror}): make room or rights there and give a new folder") from error
+
+
+def _together(leaves: Iterable[tuple[tuple[str, ...], jax.Array]]) -> Iterator[dict]:
+    """Parameters in trees of `_TOGETHER_BYTES` or a little more: a save takes Orbax half a second, however little it saves."""
+    tree, size = {}, 0
+    for path, leaf in leaves:
+        functools.reduce(lambda at, key: at.setdefault(key, {}), path[:-1], tree)[path[-1]] = leaf
+        size += leaf.nbytes
+        del leaf
+        if size >= _TOGETHER_BYTES:
+            yield tree
+            tree, size = {}, 0
+    if tree:
+        yield tree
 
 
 def differences(expected: Any, found: Any) -> str:
@@ -220,6 +257,12 @@ def set_aside_after(directory: str | Path, step: int) -> list[Path]:
                 number += 1
             moved.append(source.rename(target))
     return moved
+
+
+def _complete(folder: Path) -> None:
+    """The checksums of a step's files: with them it is complete."""
+    names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != CHECKSUMS]
+    write_atomically(folder / CHECKSUMS, json.dumps(_checksums(folder, names), indent=0, sort_keys=True))
 
 
 def write_atomically(path: Path, text: str) -> None:

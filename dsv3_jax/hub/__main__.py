@@ -11,27 +11,27 @@ from dsv3_jax.errors import UserError
 
 
 def to_orbax(source: Annotated[Path, tyro.conf.Positional], run: Annotated[Path, tyro.conf.Positional], mesh: str | None = None) -> None:
-    """Make a run folder, with one step 0, of a Hugging Face directory. Weights keep their formats, FP8 too.
+    """Make a run folder, with one step 0, of a Hugging Face directory, one parameter in memory at a time. Weights keep their formats.
 
     Args:
         source: The Hugging Face directory.
         run: The run folder, which is new or empty.
-        mesh: Devices to hold the parameters meanwhile, as in train.py, e.g. expert=8; by default the first one.
+        mesh: Devices to hold a parameter meanwhile, as in train.py, e.g. expert=8; by default the first one.
     """
-    from dsv3_jax.api import load
-    from dsv3_jax.checkpoint import Writer
+    from dsv3_jax.api import shardings
+    from dsv3_jax.checkpoint import save_streaming
     from dsv3_jax.config import TrainConfig, to_dict
+    from dsv3_jax.data.tokenizer import Tokenizer
+    from dsv3_jax.hub import config_json, loading
     from dsv3_jax.parallel.mesh import make
 
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is not an empty directory: give a new run folder")
-    model = load(source, mesh=make(mesh) if mesh else None)
-    config = to_dict(TrainConfig(model=model.config))
-    writer = Writer(run, config, keep=1)
-    writer.save(0, {"params": model.params})
-    writer.wait()
-    if model.tokenizer is not None:
-        model.tokenizer.save(run / "tokenizer")
+    model, _ = config_json.read(source)
+    config = to_dict(TrainConfig(model=model))
+    save_streaming(run, 0, config, loading.stream(source, shardings=shardings(model, make(mesh) if mesh else None)))
+    if (source / "tokenizer.json").exists():
+        Tokenizer.load(source).save(run / "tokenizer")
     (run / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -58,7 +58,7 @@ def to_hf(
     saved.verify(lambda name: name.startswith("params/"))
     tokenizer = saved.directory.parent / "tokenizer"
     config = from_dict(ModelConfig, saved.config["model"])
-    write(config, saved.abstract(), saved.leaf, Tokenizer.load(tokenizer) if tokenizer.exists() else None, out, precision)
+    write(config, saved.abstract(), saved.leaves, Tokenizer.load(tokenizer) if tokenizer.exists() else None, out, precision)
 
 
 def main() -> None:

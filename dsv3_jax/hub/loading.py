@@ -6,6 +6,7 @@ where they are converted and put in place, so that the host holds the result (wh
 
 import functools
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,35 +39,43 @@ def load(directory: str | Path, *, shardings: Any = None, dtype: Any = None, wei
         "dequantised" makes them `dtype`, or float32, where the product is exact.
     Raises UserError where the directory is not such a checkpoint, a file is cut short, or tensors are missing, unknown or wrongly shaped.
     """
+    config, _ = config_json.read(Path(directory))
+    params: dict[str, Any] = {}
+    for path, leaf in stream(directory, shardings=shardings, dtype=dtype, weights=weights):
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)[path[-1]] = leaf
+    return config, params
+
+
+def stream(
+    directory: str | Path, *, shardings: Any = None, dtype: Any = None, weights: str = "stored"
+) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+    """What `load` loads, parameter by parameter: (path, array). Everything is checked before the first one is read."""
     if weights not in ("stored", "dequantised"):
         raise UserError(f"weights={weights!r} is not known: choose 'stored' or 'dequantised'")
     directory = Path(directory)
     config, _ = config_json.read(directory)
     tensors, stored = tensors_of(config), open_checkpoint(directory)
     check(tensors, stored, directory)
-    leaves: dict[tuple[str, ...], list[Tensor]] = {}
+    parts_of: dict[tuple[str, ...], list[Tensor]] = {}
     for tensor in tensors:
         if not tensor.copy:
-            leaves.setdefault(tensor.path, []).append(tensor)
+            parts_of.setdefault(tensor.path, []).append(tensor)
     shapes = Decoder(config).abstract_params()
-    params: dict[str, Any] = {}
+    sources = {path: _sources(parts, stored) for path, parts in parts_of.items()}
     with ThreadPoolExecutor(_READERS) as readers:
-        _check_copies([tensor for tensor in tensors if tensor.copy], leaves, stored, readers)
-        for path, parts in leaves.items():
-            target = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)
+        _check_copies([tensor for tensor in tensors if tensor.copy], parts_of, stored, readers)
+        for path, (values, scales) in sources.items():
             shape = functools.reduce(lambda tree, key: tree[key], path, shapes).shape
             sharding = _sharding_of(shardings, path)
-            values, scales = _sources(parts, stored)
             if scales and weights == "stored":
-                target[path[-1]] = _array(shape, _E4M3, sharding, values, readers)
-                target[path[-1] + PARAMETER_SCALE] = _array(
-                    scale_shape(shape), np.dtype(np.float32), scale_sharding(sharding, shape), scales, readers
-                )
+                yield path, _array(shape, _E4M3, sharding, values, readers)
+                scale_path, scale_dtype = (*path[:-1], path[-1] + PARAMETER_SCALE), np.dtype(np.float32)
+                yield scale_path, _array(scale_shape(shape), scale_dtype, scale_sharding(sharding, shape), scales, readers)
             else:
-                as_stored = np.dtype(np.float32) if scales else stored[parts[0].name].dtype
-                leaf_dtype = np.dtype(np.float32) if parts[0].float32 else np.dtype(dtype or as_stored)
-                target[path[-1]] = _array(shape, leaf_dtype, sharding, values, readers, scales)
-    return config, params
+                first = parts_of[path][0]
+                as_stored = np.dtype(np.float32) if scales else stored[first.name].dtype
+                leaf_dtype = np.dtype(np.float32) if first.float32 else np.dtype(dtype or as_stored)
+                yield path, _array(shape, leaf_dtype, sharding, values, readers, scales)
 
 
 def check(tensors: list[Tensor], stored: dict[str, Stored], directory: Path) -> None:

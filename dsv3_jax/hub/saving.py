@@ -1,11 +1,11 @@
 """A model as a Hugging Face checkpoint: shards, index, config.json, generation_config.json, tokenizer.
 
-Tensors are made and written one at a time; nothing is held but the parameter they are parts of.
+Tensors are made and written one at a time; nothing is held but the parameter they are parts of (small ones come together).
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dsv3_jax.precision.weights import SCALE as PARAMETER_SCALE
 from pallas_kernels import Quantized, quantize_blocks
 
 _SHARD_BYTES = 5 * 10**9
+_READ_BYTES = 10**9  # of parameters read together
 PRECISIONS = ("float32", "bfloat16", "fp8")
 
 
@@ -37,13 +38,12 @@ def save(model: Any, directory: str | Path, *, precision: str = "bfloat16") -> N
         raise UserError(
             "these parameters lie on several processes: save a run's checkpoint and convert it with python -m dsv3_jax.hub to-hf"
         )
-    write(model.config, model.params, lambda path: _at(model.params, path), model.tokenizer, Path(directory), precision)
+    read = lambda paths: {path: _at(model.params, path) for path in paths}  # noqa: E731
+    write(model.config, model.params, read, model.tokenizer, Path(directory), precision)
 
 
-def write(
-    config: ModelConfig, shapes: dict, read: Callable[[tuple[str, ...]], Any], tokenizer: Any, directory: Path, precision: str
-) -> None:
-    """`save` for parameters that are read one at a time: `read(path)` gives an array (what `shapes` has there, with its values)."""
+def write(config: ModelConfig, shapes: dict, read: Callable[[list], dict], tokenizer: Any, directory: Path, precision: str) -> None:
+    """`save` for parameters that are read a few at a time: `read(paths)` gives arrays by path, as `shapes` has them."""
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -78,16 +78,33 @@ def _write_tensors(parts: list[Tensor], listed: dict, shapes: dict, read: Callab
         by_path: dict[tuple[str, ...], list[Tensor]] = {}
         for part in parts:
             by_path.setdefault(part.path, []).append(part)
-        for path, parts_of_leaf in by_path.items():
-            scale_path = (*path[:-1], path[-1] + PARAMETER_SCALE)
-            leaf, scales = read(path), read(scale_path) if _at(shapes, scale_path) is not None else None
-            for part in parts_of_leaf:
-                for name, value in _converted(part, leaf, scales, precision):
-                    writers[file_of[name]].write(name, np.asarray(value))
-            del leaf, scales  # before the next one is read
+        for paths in _groups(by_path, shapes):
+            leaves = read([at for path in paths for at in (path, _scale_path(path)) if _at(shapes, at) is not None])
+            for path in paths:
+                for part in by_path[path]:
+                    for name, value in _converted(part, leaves[path], leaves.get(_scale_path(path)), precision):
+                        writers[file_of[name]].write(name, np.asarray(value))
+            del leaves  # before the next ones are read
     if len(shards) > 1:
         total = sum(_size(entry) for entry in listed.values())
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
+
+
+def _groups(paths: Iterable[tuple[str, ...]], shapes: dict) -> list[list[tuple[str, ...]]]:
+    """Parameters in order, those that are read together."""
+    groups, room = [], 0
+    for path in paths:
+        size = _at(shapes, path).size * _at(shapes, path).dtype.itemsize
+        if size > room:
+            groups.append([])
+            room = max(_READ_BYTES, size)
+        groups[-1].append(path)
+        room -= size
+    return groups
+
+
+def _scale_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    return (*path[:-1], path[-1] + PARAMETER_SCALE)
 
 
 def _at(tree: dict, path: tuple[str, ...]) -> Any:

@@ -1,5 +1,6 @@
 """`python -m dsv3_jax.hub`: Hugging Face directories to runs and back."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import dsv3_jax
+from dsv3_jax import checkpoint
 from dsv3_jax.checkpoint import Writer
 from dsv3_jax.config import TrainConfig, to_dict
 from dsv3_jax.errors import UserError
@@ -76,5 +78,23 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "dsv3_jax.hub", "to-orbax", MODELS / "nowhere", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "does not exist" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "No such file" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_to_orbax_holds_one_parameter_at_a_time(tmp_path, monkeypatch):
+    """However many there are: what is alive at any save is the parameter that is saved."""
+    source, alive, save = MODELS / "tiny_e_fp8_mtp", [], checkpoint.ocp.partial.save
+    expected = dsv3_jax.load(source).params
+    gc.collect()  # what other tests have left
+    before = sum(array.nbytes for array in jax.live_arrays())
+
+    def recorded(folder, tree, **options):
+        alive.append((sum(array.nbytes for array in jax.live_arrays()) - before, sum(leaf.nbytes for leaf in jax.tree.leaves(tree))))
+        save(folder, tree, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.partial, "save", recorded)
+    monkeypatch.setattr(checkpoint, "_TOGETHER_BYTES", 0)
+    to_orbax(source, tmp_path / "run")
+    assert len(alive) == len(jax.tree.leaves(expected)) and not [pair for pair in alive if pair[0] > pair[1]]
+    equal_trees(dsv3_jax.load(tmp_path / "run").params, expected)
