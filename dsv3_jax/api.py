@@ -1,6 +1,5 @@
 """What a notebook uses: `model = dsv3_jax.load("runs/tiny")`, then call it, differentiate it, generate with it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel.sharding import param_shardings
-from dsv3_jax.precision import BF16, FLOAT32, FP8, Recipe, fp8_axes, from_fp8, to_fp8
+from dsv3_jax.precision import BF16, FLOAT32, FP8, Recipe, fp8_axes, from_fp8, has_fp8, to_fp8
 from dsv3_jax.serving import SamplingParams
 from dsv3_jax.serving import generate as serve
 from dsv3_jax.training.loss import loss_and_terms
@@ -122,7 +121,7 @@ def load(path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: 
         raise UserError(f"dtype={jnp.dtype(dtype)} is not supported: choose float32 or bfloat16")
     if weights not in ("stored", "dequantised"):
         raise UserError(f"weights={weights!r} is not known: choose 'stored' or 'dequantised'")
-    if _is_hugging_face(path):
+    if hub.is_checkpoint(path):
         if step is not None:
             raise UserError(f"{path} is a Hugging Face directory, which has no steps: leave step out")
         config, values = hub.config_json.read(path)
@@ -131,18 +130,14 @@ def load(path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: 
     else:
         saved = open_run(path, step)
         config = from_dict(ModelConfig, saved.config["model"])
-        params = saved.params(dtype, shardings(config, mesh, fp8=_in_fp8(saved.abstract())))
+        params = saved.params(dtype, shardings(config, mesh, fp8=has_fp8(saved.abstract())))
         if weights == "dequantised":
             params = from_fp8(params, dtype or jnp.float32)
         tokenizer, named = saved.directory.parent / "tokenizer", saved.config.get("precision")
     has_tokenizer = (tokenizer / "tokenizer.json").exists()
     in_float32 = jnp.dtype(dtype) == np.float32 if dtype is not None else named == "float32" or jax.default_backend() == "cpu"
-    recipe = FLOAT32 if in_float32 else FP8 if _in_fp8(params) and _on_hopper() else BF16
+    recipe = FLOAT32 if in_float32 else FP8 if has_fp8(params) and _on_hopper() else BF16
     return Model(config, params, Tokenizer.load(tokenizer) if has_tokenizer else None, recipe=recipe)
-
-
-def _in_fp8(params: Any) -> bool:
-    return any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(params))
 
 
 def _on_hopper() -> bool:
@@ -165,14 +160,3 @@ def shardings(config: ModelConfig, mesh: Any, *, fp8: bool = False) -> Any:
             name, sizes = "/".join(key.key for key in path), ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
             raise UserError(f"{name} {list(leaf.shape)} does not divide over the mesh {sizes}: choose sizes that divide it") from error
     return found
-
-
-def _is_hugging_face(path: Path) -> bool:
-    """A run's config.json has other fields, and its folder no safetensors."""
-    if any(path.glob("*.safetensors*")):
-        return True
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and ("architectures" in values or "model_type" in values)

@@ -1,4 +1,9 @@
-"""Converts checkpoints: `python -m dsv3_jax.hub to-orbax HF_DIR RUN_DIR`, `python -m dsv3_jax.hub to-hf RUN OUT_DIR --precision fp8`."""
+"""Converts checkpoints, and measures how fast they load.
+
+python -m dsv3_jax.hub to-orbax HF_DIR RUN_DIR
+python -m dsv3_jax.hub to-hf RUN OUT_DIR --precision fp8
+python -m dsv3_jax.hub bench [HF_DIR]
+"""
 
 import json
 import sys
@@ -61,9 +66,22 @@ def to_hf(
     write(config, saved.abstract(), saved.leaves, Tokenizer.load(tokenizer) if tokenizer.exists() else None, out, precision)
 
 
+def bench(directory: Annotated[Path | None, tyro.conf.Positional] = None, rounds: int = 4) -> None:
+    """Time loading onto the first device, cold files, beside dd on the same files.
+
+    Args:
+        directory: A Hugging Face directory; by default one of 2 GB in FP8 is made here, and removed afterwards.
+        rounds: How often; the first one compiles.
+    """
+    from dsv3_jax.hub.bench import run
+
+    run(directory, rounds)
+
+
 def main() -> None:
     try:
-        tyro.extras.subcommand_cli_from_dict({"to-orbax": to_orbax, "to-hf": to_hf}, prog="python -m dsv3_jax.hub", description=__doc__)
+        commands = {"to-orbax": to_orbax, "to-hf": to_hf, "bench": bench}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m dsv3_jax.hub", description=__doc__)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ where they are converted and put in place, so that the host holds the result (wh
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,17 @@ from pallas_kernels.quantized import BLOCK, num_blocks
 _SLAB_BYTES = 512 * 2**20
 _READERS = 16  # threads; reading is bound by the disk's queue, not by the CPU
 _E4M3 = np.dtype(jnp.float8_e4m3fn)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a Hugging Face checkpoint: a run's config.json has other fields, and its folder no safetensors."""
+    if any(path.glob("*.safetensors*")):
+        return True
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and ("architectures" in values or "model_type" in values)
 
 
 def load(directory: str | Path, *, shardings: Any = None, dtype: Any = None, weights: str = "stored") -> tuple[ModelConfig, dict[str, Any]]:

@@ -119,6 +119,11 @@ def from_fp8(params: Mapping, dtype: Any = jnp.float32) -> dict:
     return made
 
 
+def has_fp8(params: Any) -> bool:
+    """Whether weights are kept in FP8; `params`: arrays or shapes."""
+    return any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(params))
+
+
 def _convert(tree: Mapping, convert: Callable[[str, Any], dict]) -> dict:
     """The tree with every FP8 weight replaced by the entries that `convert(name, leaf)` gives."""
     made = {}

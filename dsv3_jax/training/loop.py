@@ -13,13 +13,13 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dsv3_jax import checkpoint
-from dsv3_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
+from dsv3_jax import checkpoint, hub
+from dsv3_jax.config import TrainConfig, from_dict, to_dict
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Loader, heldout_batches
 from dsv3_jax.data.prepare import Prepared, bits_per_byte, prepare, train_tokenizer
@@ -28,6 +28,8 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel import processes
+from dsv3_jax.parallel.sharding import param_shardings
+from dsv3_jax.precision import fp8_axes, from_fp8, has_fp8
 from dsv3_jax.precision.recipe import check_devices, recipe
 from dsv3_jax.training import pipeline, schedules
 from dsv3_jax.training.metrics import MetricsLog, Progress, load_max_over_mean
@@ -89,7 +91,7 @@ class Run:
             init = jax.jit(lambda key: self.decoder.init(jax.random.wrap_key_data(key)), out_shardings=shardings.params)
             params = init(key)
         else:
-            params = _load_params(config.init_from, config.model, shardings.params)
+            params = _load_params(config.init_from, self.decoder, self.mesh, shardings.params)
         return jax.jit(self.trainer.init, out_shardings=shardings, donate_argnums=0)(params)
 
     def _restored_state(self) -> TrainState:
@@ -297,18 +299,23 @@ def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | No
     return saved
 
 
-def _load_params(path: str, model: ModelConfig, sharding: jax.sharding.Sharding) -> dict:
-    """Float32 parameters of a run folder, one of its steps, or a Hugging Face directory."""
-    if (Path(path) / "config.json").exists() and list(Path(path).glob("*.safetensors")):
-        from dsv3_jax import hub
-
-        _, params = hub.load(path, shardings=sharding, dtype=np.float32, weights="dequantised")
+def _load_params(path: str, decoder: Decoder, mesh: jax.sharding.Mesh, shardings: Any) -> dict:
+    """Float32 parameters of a run folder, one of its steps, or a Hugging Face directory; FP8 weights are dequantised."""
+    if hub.is_checkpoint(Path(path)):
+        found = Decoder(hub.config_json.read(Path(path))[0]).abstract_params()
+        load = lambda: hub.load(path, shardings=shardings, dtype=np.float32, weights="dequantised")[1]  # noqa: E731
     else:
-        params = checkpoint.open_run(path).params(dtype=np.float32, shardings=sharding)
-    expected = Decoder(model).abstract_params()
-    if problems := checkpoint.differences(expected, params):
+        saved = checkpoint.open_run(path)
+        stored = saved.abstract()
+        found = jax.eval_shape(from_fp8, stored)
+        if has_fp8(stored):
+            stored_shardings = param_shardings(fp8_axes(decoder.logical_axes()), mesh)
+            load = lambda: jax.jit(from_fp8, out_shardings=shardings)(saved.params(np.float32, stored_shardings))  # noqa: E731
+        else:
+            load = lambda: saved.params(np.float32, shardings)  # noqa: E731
+    if problems := checkpoint.differences(decoder.abstract_params(), found):
         raise UserError(f"--init-from {path} does not fit the model: {problems}. Give the config of the same model")
-    return params
+    return load()
 
 
 def _use_compilation_cache() -> None:

@@ -1,5 +1,6 @@
 """`python -m dsv3_jax.hub`: Hugging Face directories to runs and back."""
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax.checkpoint import Writer
 from dsv3_jax.config import TrainConfig, to_dict
 from dsv3_jax.errors import UserError
+from dsv3_jax.hub import bench
 from dsv3_jax.hub.__main__ import to_hf, to_orbax
 
 ROOT = Path(__file__).parents[2]
@@ -98,3 +100,15 @@ def test_to_orbax_holds_one_parameter_at_a_time(tmp_path, monkeypatch):
     to_orbax(source, tmp_path / "run")
     assert len(alive) == len(jax.tree.leaves(expected)) and not [pair for pair in alive if pair[0] > pair[1]]
     equal_trees(dsv3_jax.load(tmp_path / "run").params, expected)
+
+
+def test_bench_measures_what_it_made(tmp_path, monkeypatch, capsys):
+    """With a small checkpoint, and without dd: not every file system can be read past the page cache."""
+    small = dataclasses.replace(bench.TWO_LAYERS, hidden_size=128, num_attention_heads=2, intermediate_size=128, moe_intermediate_size=128)
+    bench.make(tmp_path / "made", small)
+    model = dsv3_jax.load(tmp_path / "made")
+    assert model.params["moe_layers"]["mlp"]["experts"]["down_proj"].dtype == "float8_e4m3fn"
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(model.params))
+    monkeypatch.setattr(bench, "dd", lambda files: bench.forget(files) or 1.0)
+    bench.run(tmp_path / "made", 2)
+    assert capsys.readouterr().out.count("of dd") == 2

@@ -4,14 +4,22 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from dsv3_jax import checkpoint
+from dsv3_jax import checkpoint, hub
+from dsv3_jax.config import TrainConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.hub.__main__ import to_orbax
+from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.training import loop, metrics
+from dsv3_jax.training.step import Trainer
+
+MODELS = Path(__file__).parents[1] / "data" / "models"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,6 +151,26 @@ def test_init_from_takes_the_weights_alone(whole, config, tmp_path):
     for a, b in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(expected)):
         np.testing.assert_array_equal(a, b)
     assert run.step == run.row == run.state.adam.count == 0 and not np.any(run.state.adam.mu["embed"])
+
+
+@pytest.mark.parametrize("source", ["hugging_face", "orbax"])
+def test_init_from_weights_in_fp8(source, tmp_path):
+    """Of a Hugging Face directory, and of the run that to-orbax makes of it: dequantised, in float32, where the masters lie."""
+    path = MODELS / "tiny_e_fp8_mtp"
+    model, _ = hub.config_json.read(path)
+    _, expected = hub.load(path, weights="dequantised", dtype=np.float32)
+    if source == "orbax":
+        to_orbax(path, tmp_path / "run")
+        path = tmp_path / "run"
+    decoder, mesh = Decoder(model), meshes.make("data=4,expert=2")
+    shardings = Trainer(decoder, TrainConfig(model=model), mesh).shardings.params
+    params = loop._load_params(str(path), decoder, mesh, shardings)
+    for found, wanted, sharding in zip(*map(jax.tree.leaves, (params, expected, shardings)), strict=True):
+        assert found.dtype == np.float32 and found.sharding == sharding
+        np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(UserError, match=r"does not fit the model: missing .*q_proj"):
+        other = dataclasses.replace(model, q_lora_rank=None)
+        loop._load_params(str(path), Decoder(other), mesh, shardings)
 
 
 def test_a_diverging_run_stops_with_its_checkpoints_intact(config, tmp_path):
