@@ -4,10 +4,12 @@ python serve.py runs/tiny                                            a chat in t
 python serve.py runs/tiny --prompt "def main("                       one answer
 python serve.py runs/tiny --input in.jsonl --output out.jsonl        a file of requests; started again it goes on where it stopped
 python serve.py runs/tiny --http --port 8000                         the OpenAI API
+python serve.py MODEL --http --mesh expert=8                         on several devices: requests and experts spread out
 python serve.py bench runs/tiny --requests 100                       how fast it is
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -32,9 +34,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--dtype", choices=["float32", "bfloat16"], help="of weights and computation; default as stored, float32 on a CPU")
 
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--max-batch", type=int, default=64, help="requests that run at once")
+    engine.add_argument("--mesh", default="", help="devices, for example expert=8 or data=2,expert=4; default the first one")
+    engine.add_argument("--fake-devices", type=int, help="rehearse a mesh on that many devices made of this CPU")
+    engine.add_argument("--max-batch", type=int, default=64, help="requests that run at once, on all devices together")
     engine.add_argument("--max-length", type=int, help="tokens of a request, prompt and answer; default what the model allows")
     engine.add_argument("--cache-tokens", type=int, help="size of the latent cache; default what is useful and fits into free memory")
+    engine.add_argument("--host-cache-tokens", type=int, default=0, help="host memory for what the cache has no room for; default none")
+    engine.add_argument("--redundant-experts", type=int, default=0, help="copies of busy experts in each layer, beside one of each")
+    engine.add_argument("--rebalance-steps", type=int, default=0, help="plan anew which device has which experts, so often; default never")
     engine.add_argument("--prefill-tokens", type=int, default=1024, help="of a prompt in one step; longer ones are cut into chunks")
     engine.add_argument("--fp8-cache", action="store_true", help="keep latents in FP8")
     engine.add_argument("--speculate", action="store_true", help="draft tokens with the MTP module: the same answers, sooner")
@@ -76,10 +83,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def make_engine(options: argparse.Namespace):
     from dsv3_jax import load
+    from dsv3_jax.parallel import mesh as meshes
     from dsv3_jax.serving import Engine
     from dsv3_jax.serving.cache import pages_for
 
-    model = load(options.model, step=options.step, dtype=options.dtype)
+    mesh = meshes.make(options.mesh) if options.mesh else None
+    model = load(options.model, step=options.step, dtype=options.dtype, mesh=mesh)
     return Engine(
         model.decoder,
         model.params,
@@ -87,6 +96,10 @@ def make_engine(options: argparse.Namespace):
         max_batch=options.max_batch,
         max_length=options.max_length,
         num_pages=None if options.cache_tokens is None else pages_for(options.cache_tokens),
+        mesh=mesh,
+        redundant_experts=options.redundant_experts,
+        rebalance_steps=options.rebalance_steps,
+        host_pages=pages_for(options.host_cache_tokens),
         prefill_tokens=options.prefill_tokens,
         fp8_cache=options.fp8_cache,
         speculate=options.speculate,
@@ -96,6 +109,9 @@ def make_engine(options: argparse.Namespace):
 
 def serve(argv: list[str]) -> int:
     options = parse(argv)
+    if options.fake_devices is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.fake_devices}".strip()
     from dsv3_jax.serving import commands
 
     return commands.run(options, lambda: make_engine(options))

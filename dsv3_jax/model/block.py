@@ -42,18 +42,18 @@ class DecoderLayer(Module):
                 attended, pages = self.self_attn.decode(normed, where, cache)
             else:
                 attended, pages = self.self_attn.prefill(normed, where, cache, first=chunk == "first")
-        x_BSD, stats = self.feed_forward(x_BSD + attended)
+        x_BSD, stats = self.feed_forward(x_BSD + attended, cache.write_positions >= 0)
         return x_BSD, pages, stats
 
-    def feed_forward(self, x_BSD: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """The second half of the layer."""
+    def feed_forward(self, x_BSD: jax.Array, used_BS: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+        """The second half of the layer. used: as of `MoE`."""
         normed = self._norm("post_attention_layernorm", x_BSD)
         if self.dense:
             with jax.named_scope("mlp"):
                 zero = jnp.zeros((), jnp.float32)
                 return x_BSD + self.mlp(normed), RouterStats(jnp.zeros((0,), jnp.float32), zero, zero)
         with jax.named_scope("moe"):
-            y_BSD, stats = self.mlp(normed)
+            y_BSD, stats = self.mlp(normed, used_BS)
             return x_BSD + y_BSD, stats
 
     def _norm(self, name, x):

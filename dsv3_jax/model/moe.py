@@ -20,11 +20,17 @@ from pallas_kernels import Quantized
 
 
 class Routing(NamedTuple):
-    """Where each token goes. experts [T, K] int32; weights [T, K] float32; stats of the batch."""
+    """Where each token goes. experts [T, K] int32 (the number of experts: nowhere); weights [T, K] float32; stats of the batch."""
 
     experts_TK: jax.Array
     weights_TK: jax.Array
     stats: "RouterStats"
+
+    def only(self, used_T: jax.Array) -> "Routing":
+        """Tokens that are not used go nowhere, and are not counted."""
+        none = self.stats.load_E.size
+        experts_TK = jnp.where(used_T[:, None], self.experts_TK, none)
+        return self._replace(experts_TK=experts_TK, stats=self.stats._replace(load_E=_count(experts_TK, none)))
 
 
 class RouterStats(NamedTuple):
@@ -191,9 +197,11 @@ class MoE(Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, config, recipe, rngs)
 
-    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """[B, S, D] -> ([B, S, D], stats)."""
+    def __call__(self, x_BSD: jax.Array, used_BS: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+        """[B, S, D] -> ([B, S, D], stats). used [B, S]: False for padding, which costs no expert anything."""
         routing = self.gate(x_BSD)
+        if used_BS is not None:
+            routing = routing.only(used_BS.reshape(-1))
         y_TD, fill = self.exchange(x_BSD.reshape(-1, x_BSD.shape[-1]), routing, self.experts)
         y_BSD = y_TD.reshape(x_BSD.shape)
         if hasattr(self, "shared_experts"):

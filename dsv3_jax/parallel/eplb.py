@@ -33,7 +33,19 @@ def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus, *, 
         previous = np.asarray(previous)
         _check_previous(previous, weight, num_replicas, num_groups, num_nodes)
         phy2log = _changed_plan(weight, previous, phy2log, num_groups, num_nodes, num_gpus)
-    return phy2log, *_index(phy2log, weight.shape[1])
+    return phy2log, *index(phy2log, weight.shape[1])
+
+
+def index(phy2log, num_experts):
+    """(log2phy, logcnt) of a plan."""
+    logcnt = _count(phy2log, num_experts)
+    replicas = np.argsort(phy2log, axis=1, kind="stable")  # expert by expert
+    experts = np.take_along_axis(phy2log, replicas, 1)
+    first = logcnt.cumsum(1) - logcnt
+    copy = np.arange(phy2log.shape[1]) - np.take_along_axis(first, experts, 1)
+    log2phy = np.full((*logcnt.shape, logcnt.max()), -1, np.int64)
+    log2phy[np.arange(len(phy2log))[:, None], experts, copy] = replicas
+    return log2phy, logcnt
 
 
 def imbalance(weight, phy2log, num_gpus):
@@ -95,18 +107,6 @@ def _count(experts, num_experts):
     counts = np.zeros((len(experts), num_experts), np.int64)
     np.add.at(counts, (np.arange(len(experts))[:, None], experts), 1)
     return counts
-
-
-def _index(phy2log, num_experts):
-    """log2phy and logcnt of a plan."""
-    logcnt = _count(phy2log, num_experts)
-    replicas = np.argsort(phy2log, axis=1, kind="stable")  # expert by expert
-    experts = np.take_along_axis(phy2log, replicas, 1)
-    first = logcnt.cumsum(1) - logcnt
-    copy = np.arange(phy2log.shape[1]) - np.take_along_axis(first, experts, 1)
-    log2phy = np.full((*logcnt.shape, logcnt.max()), -1, np.int64)
-    log2phy[np.arange(len(phy2log))[:, None], experts, copy] = replicas
-    return log2phy, logcnt
 
 
 # A fresh plan. Every row (a layer, or a node of a layer) is worked on at once; sums are float32, as upstream, for equal plans.

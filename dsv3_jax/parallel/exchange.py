@@ -40,7 +40,7 @@ def over_mesh(config: ModelConfig, sizes: Mapping[str, int], size: float) -> Exc
     def exchange(x_TD: jax.Array, routing: Routing, experts: Experts):
         rooms, sorted_room = buffers.rooms(config, [sizes[axis] for axis in axes], x_TD.shape[0], size)
         hops = [Hop((axis,), sizes[axis], room) for axis, room in zip(axes, rooms)]
-        return _exchange(hops, sorted_room, x_TD, routing, experts)
+        return through(hops, sorted_room, x_TD, routing, experts)
 
     return exchange
 
@@ -52,7 +52,7 @@ def gathered(sizes: Mapping[str, int]) -> Exchange:
         devices *= sizes[axis]
 
     def exchange(x_TD: jax.Array, routing: Routing, experts: Experts):
-        return _exchange([Gather(axes, devices)], None, x_TD, routing, experts)
+        return through([Gather(axes, devices)], None, x_TD, routing, experts)
 
     return exchange
 
@@ -177,12 +177,15 @@ def _back(stage, plan, y_RD: jax.Array) -> jax.Array:
 _back.defvjp(lambda stage, plan, y_RD: (stage.back(plan, y_RD), plan), lambda stage, plan, dy_TD: (None, stage.out(plan, dy_TD)))
 
 
-def _exchange(hops, sorted_room: int | None, x_TD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
-    """The exchange over those hops. sorted_room: rows for the experts of this device; None: as many as could ever come."""
+def through(
+    hops, sorted_room: int | None, x_TD: jax.Array, routing: Routing, experts: Experts, num_experts: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The exchange over those hops. sorted_room: rows for the experts of this device; None: as many as could ever come.
+    num_experts: on all devices, where they are not those that the router scores (copies are more)."""
     choices = routing.experts_TK.shape[1]
     rows = _pack(experts.enter(x_TD), routing)
     # The experts that can be reached from here: all of them, then after each hop a share.
-    first, count = 0, routing.stats.load_E.size
+    first, count = 0, num_experts or routing.stats.load_E.size
     fill, trail = jnp.zeros((), jnp.float32), []
     for hop in hops:
         count //= hop.devices

@@ -75,6 +75,12 @@ def run(engine: Engine, options: argparse.Namespace) -> int:
     }
     if engine.stats.drafted:
         rows["drafts accepted"] = f"{engine.stats.accepted / engine.stats.drafted:.1%}"
+    if engine.host:
+        rows["prompt tokens from host memory"] = str(engine.scheduler.host_hits)
+    if engine.balancer:
+        done = engine.balancer.stats
+        rows["expert load: fullest device over the mean"] = f"{done.imbalance:.3f}, with the plan made of it {done.planned_imbalance:.3f}"
+        rows["experts moved"] = f"{done.moved_replicas}, {done.moved_bytes / 2**20:.0f} MiB in {done.plans} plans"
     rows["pages free at the end"] = f"{engine.pool.num_free} of {engine.pool.num_pages}"
     for row in rows.items():
         table.add_row(*row)

@@ -2,13 +2,14 @@
 
 A page holds 64 tokens of one sequence in every layer. Full pages are found again by their content: the key of a page is a hash of
 its tokens and of the key before it, so that equal keys mean equal prefixes. A page that nobody uses keeps its content until it is
-needed for something else, the longest unused first.
+needed for something else, the longest unused first; with a host tier it then goes to host memory, where it is found as well.
 """
 
 import hashlib
 import math
 import os
 from collections import OrderedDict
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +25,89 @@ def pages_for(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
 
 
-class PagePool:
-    """The bookkeeping of `num_pages` pages: reference counts, free pages in order of last use, keys of full pages."""
+class Transfer(NamedTuple):
+    """A page's content goes to a slot of host memory, or comes back from it."""
 
-    def __init__(self, num_pages: int):
-        self.num_pages = num_pages
+    page: int
+    slot: int
+    to_host: bool
+
+
+class HostTier:
+    """The bookkeeping of host memory for `num_slots` pages: which keys are there; the longest unused one is overwritten."""
+
+    def __init__(self, num_slots: int):
+        self.num_slots = num_slots
+        self._slot_of: OrderedDict[bytes, int] = OrderedDict()
+
+    def put(self, key: bytes) -> int | None:
+        """The slot that takes the page of `key`; None where it is there already."""
+        if key in self._slot_of:
+            self._slot_of.move_to_end(key)
+            return None
+        slot = len(self._slot_of) if len(self._slot_of) < self.num_slots else self._slot_of.popitem(last=False)[1]
+        self._slot_of[key] = slot
+        return slot
+
+    def find(self, keys: list[bytes]) -> list[int]:
+        """The slots of the longest prefix of `keys` that is there."""
+        found = []
+        for key in keys:
+            if (slot := self._slot_of.get(key)) is None:
+                break
+            self._slot_of.move_to_end(key)
+            found.append(slot)
+        return found
+
+
+class PagePool:
+    """The bookkeeping of `num_pages` pages: reference counts, free pages in order of last use, keys of full pages.
+
+    On a mesh every rank (the devices of one row block) has its own equal part of them, `num_pages / num_ranks` in a row, and finds
+    only what lies there. host: where pages go whose memory is needed. transfers: what is to be copied, in this order, before the next step.
+    """
+
+    def __init__(self, num_pages: int, num_ranks: int = 1, host: HostTier | None = None):
+        self.host = host
+        self.transfers: list[Transfer] = []
+        self.num_pages, self.num_ranks, self.pages_per_rank = num_pages, num_ranks, num_pages // num_ranks
         self._users = [0] * num_pages
-        self._free = OrderedDict.fromkeys(range(num_pages))
+        self._free = [OrderedDict.fromkeys(range(r * self.pages_per_rank, (r + 1) * self.pages_per_rank)) for r in range(num_ranks)]
         self._key_of: dict[int, bytes] = {}
-        self._page_of: dict[bytes, int] = {}
+        self._page_of: list[dict[bytes, int]] = [{} for _ in range(num_ranks)]
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return sum(map(len, self._free))
 
-    def allocate(self) -> int:
-        """A page for one user; what it held is forgotten. Call only while `num_free` > 0."""
-        page, _ = self._free.popitem(last=False)
+    def num_free_on(self, rank: int) -> int:
+        return len(self._free[rank])
+
+    def rank_of(self, page: int) -> int:
+        return page // self.pages_per_rank
+
+    def allocate(self, rank: int = 0) -> int:
+        """A page for one user; what it held is forgotten, or goes to the host. Call only while `num_free_on(rank)` > 0."""
+        page, _ = self._free[rank].popitem(last=False)
         if (key := self._key_of.pop(page, None)) is not None:
-            del self._page_of[key]
+            del self._page_of[rank][key]
+            if self.host and (slot := self.host.put(key)) is not None:
+                self.transfers.append(Transfer(page, slot, to_host=True))
         self._users[page] = 1
         return page
+
+    def fetch(self, pages: list[int], keys: list[bytes]) -> int:
+        """Fills new pages with the longest prefix of `keys` that the host has; how many those are."""
+        slots = self.host.find(keys) if self.host else []
+        for page, key, slot in zip(pages, keys, slots):
+            self.transfers.append(Transfer(page, slot, to_host=False))
+            self.register(page, key)
+        return len(slots)
 
     def share(self, page: int) -> None:
         """One more user of a page that `find` returned."""
         if self._users[page] == 0:
-            del self._free[page]
+            del self._free[self.rank_of(page)][page]
         self._users[page] += 1
 
     def release(self, pages: list[int]) -> None:
@@ -57,21 +115,22 @@ class PagePool:
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page] == 0:
-                self._free[page] = None
+                self._free[self.rank_of(page)][page] = None
 
     def is_free(self, page: int) -> bool:
         return self._users[page] == 0
 
     def register(self, page: int, key: bytes) -> None:
-        """The page now holds the full 64 tokens of `key`. The first page with a key stays the one that is found."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key], self._key_of[page] = page, key
+        """The page now holds the full 64 tokens of `key`. The first page of a rank with a key stays the one that is found."""
+        page_of = self._page_of[self.rank_of(page)]
+        if key not in page_of and page not in self._key_of:
+            page_of[key], self._key_of[page] = page, key
 
-    def find(self, keys: list[bytes]) -> list[int]:
-        """The pages of the longest prefix of `keys` that is in the pool. They are not yet the caller's: `share` them."""
+    def find(self, keys: list[bytes], rank: int = 0) -> list[int]:
+        """The pages of the longest prefix of `keys` that the rank has. They are not yet the caller's: `share` them."""
         found = []
         for key in keys:
-            if (page := self._page_of.get(key)) is None:
+            if (page := self._page_of[rank].get(key)) is None:
                 break
             found.append(page)
         return found
@@ -109,9 +168,10 @@ def pages_within(num_bytes: int, config: ModelConfig, dtype: jnp.dtype, *, mtp: 
     return num_bytes // sum(math.prod(array.shape) * array.dtype.itemsize for array in page.values())
 
 
-def free_memory() -> int:
-    """Bytes the cache may take: nine tenths of what the device has free; on a CPU a quarter of the free memory, 1 GiB at most."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(0.9 * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, 2**30)
+def free_memory(devices: list) -> int:
+    """Bytes the cache may take on each of these devices: nine tenths of what the fullest has free; on a CPU a quarter of the free memory,
+    1 GiB at most."""
+    stats = [device.memory_stats() for device in devices]
+    if all(s and "bytes_limit" in s for s in stats):
+        return min(int(0.9 * (s["bytes_limit"] - s["bytes_in_use"])) for s in stats)
+    return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, 2**30) // len(devices)

@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
-from dsv3_jax.serving.cache import PagePool, free_memory, pages_within
+from dsv3_jax.serving.balance import Balancer
+from dsv3_jax.serving.cache import HostTier, PagePool, free_memory, pages_within
+from dsv3_jax.serving.host import HostPages
+from dsv3_jax.serving.ranks import Ranks
 from dsv3_jax.serving.request import Completion, InvalidParameter, Output, Request, SamplingParams, TokenLogprob, derive_seed
 from dsv3_jax.serving.runner import Result, Runner, Shapes
 from dsv3_jax.serving.scheduler import Scheduler, Work
@@ -50,7 +54,12 @@ class Engine:
       max_batch: requests that run at once.
       max_length: tokens of a request, prompt and answer; default what the model's positions allow.
       num_pages: size of the cache in pages of 64 tokens; default what max_batch requests of max_length can use, within free memory.
-      prefill_tokens: tokens of a prefill step; longer prompts are cut into such chunks.
+      mesh: a jax Mesh with the axes data and expert. Every device then has an equal part of the rows and of the pages, and experts are
+        spread over `expert`.
+      redundant_experts, rebalance_steps: copies of experts beyond one of each, and how often they change place (see serving.balance;
+        0: never).
+      host_pages: pages of host memory for what the cache has no room for any more.
+      prefill_tokens: tokens of a prefill step, on each device; longer prompts are cut into such chunks.
       fp8_cache: keep latents in FlashMLA's FP8 layout (656 bytes a token and layer).
       speculate: draft a token a step with the model's MTP module. The tokens are the same with and without.
 
@@ -66,28 +75,40 @@ class Engine:
         max_batch: int = 64,
         max_length: int | None = None,
         num_pages: int | None = None,
+        mesh: Mesh | None = None,
+        redundant_experts: int = 0,
+        rebalance_steps: int = 0,
+        host_pages: int = 0,
         prefill_tokens: int = 1024,
         fp8_cache: bool = False,
         speculate: bool = False,
         consume: bool = False,
     ):
-        config = decoder.config
+        config, ranks = decoder.config, Ranks.of(mesh)
         for name, value in (("max_batch", max_batch), ("max_length", max_length or 1), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
         max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
-        params = decoder.decode_params(params, consume=consume)
+        params = ranks.decode_params(decoder, params, consume=consume)
         dtype = jnp.uint8 if fp8_cache else decoder.recipe.compute_dtype
-        shapes = Shapes.of(max_batch=max_batch, max_length=max_length, prefill_tokens=prefill_tokens)
+        shapes = Shapes.of(max_batch=-(-max_batch // ranks.count), max_length=max_length, prefill_tokens=prefill_tokens)
         if num_pages is None:
-            num_pages = min(pages_within(free_memory(), config, dtype, mtp=speculate), shapes.batches[-1] * shapes.tables[-1])
+            fitting = pages_within(free_memory(ranks.devices), config, dtype, mtp=speculate)
+            num_pages = ranks.count * min(fitting, shapes.batches[-1] * shapes.tables[-1])
+        num_pages -= num_pages % ranks.count
         if num_pages < 1:
             raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
-        self.runner = Runner(decoder, params, shapes, num_pages=num_pages, cache_dtype=dtype, speculate=speculate)
-        self.pool = PagePool(num_pages)
+        self.runner = Runner(
+            ranks.decoder(decoder), params, shapes, num_pages=num_pages, cache_dtype=dtype, speculate=speculate, ranks=ranks
+        )
+        self.balancer = None
+        if redundant_experts or rebalance_steps:
+            self.balancer = Balancer(self.runner, redundant=redundant_experts, interval=rebalance_steps)
+        self.pool = PagePool(num_pages, ranks.count, HostTier(host_pages) if host_pages else None)
+        self.host = HostPages(self.runner.caches, host_pages, ranks) if host_pages else None
         self.scheduler = Scheduler(
             self.pool,
             max_batch=max_batch,
@@ -143,7 +164,9 @@ class Engine:
 
     def compile(self) -> Iterator[tuple[int, int]]:
         """Compiles every shape before the first request; yields (done, of how many)."""
-        return self.runner.compile()
+        yield from self.runner.compile()
+        if self.host:
+            self.runner.caches = self.host.compile(self.runner.caches)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -156,7 +179,12 @@ class Engine:
     def step(self) -> list[Output]:
         """Starts the next step on the device and returns the output of the one before, whose text is made meanwhile."""
         work = self.scheduler.schedule()
+        if self.pool.transfers:
+            self.runner.caches = self.host.run(self.runner.caches, self.pool.transfers)
+            self.pool.transfers = []
         result = self.runner.run(work, self._bias(work)) if work else None
+        if work and self.balancer:
+            self.balancer.after_step(result.load_LE)
         outputs = [self._emit(step) for step in self._finished]
         self._finished = self._collect(work, result) if work else []
         return outputs
@@ -177,14 +205,14 @@ class Engine:
         return list(completions.values())
 
     def _bias(self, work: Work) -> dict[int, np.ndarray]:
-        return {row: request.shaper.bias(request) for row, request in enumerate(work.requests) if request.shaper}
+        return {index: request.shaper.bias(request) for index, request in enumerate(work.requests) if request.shaper}
 
     def _collect(self, work: Work, result: Result) -> list[_Step]:
         """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
         sampled, counts = [None if x is None else np.asarray(x) for x in result.sampled], np.asarray(result.counts)
         drafts = None if result.drafts is None else np.asarray(result.drafts)
         steps = []
-        for row, (request, count) in enumerate(zip(work.requests, work.counts)):
+        for row, request, count in zip(result.rows, work.requests, work.counts):
             if request.finish_reason is not None:  # aborted, or a stop text was found, while the step ran
                 continue
             if work.prefill:

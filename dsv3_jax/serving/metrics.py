@@ -83,6 +83,11 @@ class Metrics:
             "spec_decode_num_draft_tokens": ("Tokens drafted.", stats.drafted),
             "spec_decode_num_accepted_tokens": ("Drafts that were right.", stats.accepted),
         }
+        if self.engine.host:
+            counters["external_prefix_cache_hits"] = ("Prompt tokens found in host memory.", scheduler.host_hits)
+        if balancer := self.engine.balancer:
+            gauges["expert_load_imbalance"] = ("Fullest device over the mean, in the last interval.", balancer.stats.imbalance)
+            counters["expert_bytes_moved"] = ("Bytes of experts sent between devices.", balancer.stats.moved_bytes)
         for kinds, family in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
             for name, (words, value) in kinds.items():
                 metric = family(_PREFIX + name, words, labels=["model_name"])

@@ -79,6 +79,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     id: Any = None
     tokens: list[int] = dataclasses.field(default_factory=list)  # prompt and answer
+    rank: int = 0  # of the mesh, where it runs
     pages: list[int] = dataclasses.field(default_factory=list)  # where its latents are
     page_keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full pages (cache.page_keys)
     num_cached: int = 0  # tokens whose latents are in the cache

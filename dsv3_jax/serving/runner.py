@@ -1,7 +1,8 @@
 """Runs steps on the device, in a few compiled shapes: rows × width of a prefill, rows of a decode step, pages of the table.
 
 A step is three programs that follow each other without a word from the host: `forward` (all layers, logits where they are wanted),
-`sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place.
+`sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place. On a mesh the rows of all
+ranks make one step (ranks.py).
 """
 
 import functools
@@ -15,6 +16,8 @@ import numpy as np
 
 from dsv3_jax.model import Decoder
 from dsv3_jax.serving.cache import cache_shapes, pages_for
+from dsv3_jax.serving.ranks import ONE_DEVICE, WHOLE, Ranks
+from dsv3_jax.serving.request import SamplingParams
 from dsv3_jax.serving.sampler import Rows, Sampled, sample
 from dsv3_jax.serving.scheduler import Work, round_up
 
@@ -24,7 +27,8 @@ _TABLES = (4, 16, 64, 256, 1024)
 
 
 class Shapes(NamedTuple):
-    """The compiled shapes, ascending: rows of a step, width of a prefill row, pages of the table; tokens of a prefill step."""
+    """The compiled shapes, ascending: rows of a step, width of a prefill row, pages of the table; tokens of a prefill step. Rows and
+    tokens are those of one rank."""
 
     batches: tuple[int, ...]
     widths: tuple[int, ...]
@@ -48,9 +52,10 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Result(NamedTuple):
-    """What a step gave each of its requests: sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), how many of them count [B],
-    the tokens drafted to follow them [B] or None, and how many tokens chose each expert of each MoE layer [L, E]."""
+    """What a step gave: the row of each of its requests, sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), how many of them
+    count [B], the tokens drafted to follow them [B] or None, and how many tokens chose each expert of each MoE layer [L, E]."""
 
+    rows: list[int]
     sampled: Sampled
     counts: np.ndarray | jax.Array
     drafts: jax.Array | None
@@ -63,22 +68,27 @@ class Runner:
     Args:
       decoder, params: the model; parameters as `Decoder.decode_params` gives them.
       shapes: of its programs.
-      num_pages: pages of the pool.
+      num_pages: pages of the pool, those of all ranks together.
       cache_dtype: of the pages; uint8 is the FP8 layout.
       speculate: draft one token a step with the MTP module.
+      ranks: of the mesh.
     """
 
-    def __init__(self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: bool):
-        self.decoder, self.params, self.shapes, self.speculate = decoder, params, shapes, speculate
+    def __init__(
+        self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: bool, ranks: Ranks = ONE_DEVICE
+    ):
+        self.decoder, self.params, self.shapes, self.speculate, self.ranks = decoder, ranks.place(params), shapes, speculate, ranks
+        self._pages_per_rank = num_pages // ranks.count
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
-        self.caches = {name: jnp.zeros(array.shape, array.dtype) for name, array in arrays.items()}
+        self.caches = {name: ranks.zeros(array, ranks.pages) for name, array in arrays.items()}
 
     def run(self, work: Work, bias: dict[int, np.ndarray]) -> Result:
-        """One step, started on the device: the result's arrays may still be in the making. bias: row -> [W], added to the logits; a
-        row with a bias does not speculate, as its next bias depends on the token that is drawn."""
-        inputs = self._inputs(work)
+        """One step, started on the device: the result's arrays may still be in the making. bias: index of a request -> [W], added to its
+        logits; a row with a bias does not speculate, as its next bias depends on the token that is drawn."""
+        rows, inputs = self._inputs(work)
         logprobs = any(request.params.logprobs is not None for request in work.requests)
-        return self._launch(inputs, logprobs=logprobs, chunk=work.chunk, bias=bias)
+        bias = {rows[index]: values for index, values in bias.items()}
+        return Result(rows, *self._launch(inputs, logprobs=logprobs, chunk=work.chunk, bias=bias))
 
     def compile(self) -> Iterator[tuple[int, int]]:
         """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
@@ -88,7 +98,7 @@ class Runner:
         prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
         shapes = list(itertools.product(prefills + [(b, self.decode_width, None) for b in batches], tables))
         for done, ((batch, width, chunk), table) in enumerate(shapes, 1):
-            inputs = _Inputs.empty(batch, width, table, prefill=chunk is not None)
+            inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=chunk is not None)
             jax.block_until_ready(self._launch(inputs, logprobs=False, chunk=chunk, bias={}))
             yield done, len(shapes)
 
@@ -97,43 +107,54 @@ class Runner:
         """Tokens of a request in a decode step."""
         return 2 if self.speculate else 1
 
-    def _inputs(self, work: Work) -> "_Inputs":
-        """Host arrays of a step; rows are filled from the left."""
+    def _inputs(self, work: Work) -> tuple[list[int], "_Inputs"]:
+        """The row of each request, and host arrays of a step; the rows of a rank are filled from the left."""
         width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
         table = round_up(max(len(request.pages) for request in work.requests), self.shapes.tables)
-        inputs = _Inputs.empty(round_up(len(work.requests), self.shapes.batches), width, table, prefill=work.prefill)
-        for row, (request, count) in enumerate(zip(work.requests, work.counts)):
+        used, places = [0] * self.ranks.count, []
+        for request in work.requests:
+            places.append((request.rank, used[request.rank]))
+            used[request.rank] += 1
+        batch = round_up(max(used), self.shapes.batches)
+        rows = [rank * batch + place for rank, place in places]
+        inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=work.prefill)
+        params = [SamplingParams(temperature=0)] * len(inputs.lengths)
+        for row, request, count in zip(rows, work.requests, work.counts):
             start = request.num_cached
             tokens = request.tokens[start : start + count]
             if not work.prefill and self.speculate:
                 tokens = [request.tokens[start], request.draft]
             inputs.tokens[row, :count] = tokens
             inputs.positions[row, :count] = np.arange(start, start + count)
-            inputs.page_table[row, : len(request.pages)] = request.pages
+            inputs.page_table[row, : len(request.pages)] = np.asarray(request.pages) % self._pages_per_rank
             inputs.lengths[row] = start + count
+            params[row] = request.params
             if work.prefill:
                 inputs.last[row] = count - 1
                 following = request.tokens[start + 1 : start + count + 1]
                 inputs.next_tokens[row, : len(following)] = following
-        return inputs._replace(rows=Rows.of([request.params for request in work.requests], len(inputs.lengths)))
+        return rows, inputs._replace(rows=Rows.of(params, len(params)))
 
-    def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> Result:
+    def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> tuple:
+        """`Result` without its rows, for inputs that have them. bias: by row."""
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
-        logits_BQW, hidden_BSD, self.caches, load_LE = _forward(self.decoder, self.params, inputs.tokens, *where, inputs.last, chunk=chunk)
+        logits_BQW, hidden_BSD, self.caches, load_LE = _forward(
+            self.decoder, self.ranks, self.params, inputs.tokens, *where, inputs.last, chunk=chunk
+        )
         bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values
         new_positions = np.take_along_axis(inputs.positions, inputs.last, axis=1) + 1
         sampled = sample(logits_BQW, inputs.rows, new_positions, logprobs=logprobs, bias_BQW=bias_BQW)
         if not self.speculate:
-            return Result(sampled, np.ones(len(inputs.lengths), np.int32), None, load_LE)
+            return sampled, np.ones(len(inputs.lengths), np.int32), None, load_LE
         may_accept = ~np.isin(np.arange(len(inputs.lengths)), list(bias))
         where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
         drafts_B, counts_B, self.caches = _draft(
-            self.decoder, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,
+            self.decoder, self.ranks, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,
             may_accept, chunk=chunk,
         )  # fmt: skip
-        return Result(sampled, counts_B, drafts_B, load_LE)
+        return sampled, counts_B, drafts_B, load_LE
 
 
 class _Inputs(NamedTuple):
@@ -156,17 +177,23 @@ class _Inputs(NamedTuple):
         return cls(full(0), full(-1), full(-1), page_table, np.zeros(batch, np.int32), last, Rows.of([], batch))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "chunk"), donate_argnames="caches")
-def _forward(decoder, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, chunk):
+@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "chunk"), donate_argnames="caches")
+def _forward(decoder, ranks, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, chunk):
     """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads [L, E]."""
-    hidden_BSD, caches, stats = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
-    wanted_BQD = jnp.take_along_axis(hidden_BSD, last_BQ[..., None], axis=1)
-    return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches, stats.load_E
+
+    def on_rank(params, caches, tokens_BS, positions_BS, page_table, lengths_B, last_BQ):
+        hidden_BSD, caches, stats = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
+        wanted_BQD = jnp.take_along_axis(hidden_BSD, last_BQ[..., None], axis=1)
+        return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches, ranks.total(stats.load_E)
+
+    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 5)
+    run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages, WHOLE))
+    return run(params, caches, tokens_BS, positions_BS, page_table, lengths_B, last_BQ)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "chunk"), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "chunk"), donate_argnames="caches")
 def _draft(
-    decoder, params, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, caches, page_table, lengths_B, last_BQ,
+    decoder, ranks, params, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, caches, page_table, lengths_B, last_BQ,
     may_accept_B, *, chunk,
 ):  # fmt: skip
     """How many sampled tokens count, and the token that the MTP module expects after them.
@@ -175,13 +202,23 @@ def _draft(
     the sample of column 1 counts as well. As the draft is one token, not a distribution, this is exact for draws as it is for argmax
     (speculative sampling with a point mass: accepted with probability p(draft), and otherwise distributed as p without it).
     """
-    rows = jnp.arange(tokens_BS.shape[0])
-    accepted_B = jnp.zeros(tokens_BS.shape[0], bool)
-    if last_BQ.shape[1] == 2:
-        accepted_B = may_accept_B & (sampled_BQ[:, 0] == tokens_BS[:, 1])
-    sampled_BS = jnp.zeros_like(tokens_BS).at[rows[:, None], last_BQ].set(sampled_BQ)
-    next_BS = jnp.where(next_tokens_BS < 0, sampled_BS, next_tokens_BS)
-    normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
-    normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
-    drafts_B = jnp.argmax(decoder.head(params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
-    return drafts_B, 1 + accepted_B.astype(jnp.int32), caches
+
+    def on_rank(
+        params, caches, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, page_table, lengths_B, last_BQ, may_accept_B
+    ):
+        rows = jnp.arange(tokens_BS.shape[0])
+        accepted_B = jnp.zeros(tokens_BS.shape[0], bool)
+        if last_BQ.shape[1] == 2:
+            accepted_B = may_accept_B & (sampled_BQ[:, 0] == tokens_BS[:, 1])
+        sampled_BS = jnp.zeros_like(tokens_BS).at[rows[:, None], last_BQ].set(sampled_BQ)
+        next_BS = jnp.where(next_tokens_BS < 0, sampled_BS, next_tokens_BS)
+        normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
+        normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
+        drafts_B = jnp.argmax(decoder.head(params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
+        return drafts_B, 1 + accepted_B.astype(jnp.int32), caches
+
+    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 9)
+    run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages))
+    return run(
+        params, caches, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, page_table, lengths_B, last_BQ, may_accept_B
+    )

@@ -2,8 +2,12 @@
 
 Requests wait until the pool has pages for all their tokens, are prefilled in chunks, then decode together, one step at a time;
 prefill and decode steps alternate while there is work of both kinds. When a decoding request needs a page and none is free, the
-youngest running request gives its pages back and starts again later from its prompt and what it has generated (recompute). The
-oldest one is thus never held up, and no request is larger than the pool: every request ends.
+youngest running request gives its pages back and starts again later from its prompt and what it has generated: what of it is still in
+the pool, or in the host tier, is found there, and the rest is computed again. The oldest one is thus never held up, and no request is
+larger than the pool: every request ends.
+
+On a mesh every rank has its own rows and its own part of the pool. A request stays on the rank that admits it, and all ranks take a step
+of the same kind at the same time.
 """
 
 import time
@@ -12,6 +16,9 @@ from typing import NamedTuple
 
 from dsv3_jax.serving.cache import PAGE_SIZE, PagePool, page_keys, pages_for
 from dsv3_jax.serving.request import InvalidParameter, Request
+
+# Requests that a rank may have more than the idlest one before a prefix that it holds is computed again on another.
+_SLACK = 4
 
 
 def round_up(size: int, sizes: tuple[int, ...]) -> int:
@@ -32,26 +39,35 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    """Args: the pool; max_batch: requests that run at once; max_length: tokens of a request, prompt and answer;
-    prefill_tokens: of a prefill step; prefill_widths: widths of its rows; lookahead: tokens a decode step writes for each request
-    (2 with speculation)."""
+    """Args: the pool; max_batch: requests that run at once, on all ranks; max_length: tokens of a request, prompt and answer;
+    prefill_tokens: of a prefill step, on each rank; prefill_widths: widths of its rows; lookahead: tokens a decode step writes for each
+    request (2 with speculation)."""
 
     def __init__(self, pool: PagePool, *, max_batch, max_length, prefill_tokens, prefill_widths: tuple[int, ...], lookahead=1):
         self.pool, self.max_batch, self.max_length = pool, max_batch, max_length
         self.prefill_tokens, self.prefill_widths, self.lookahead = prefill_tokens, prefill_widths, lookahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.num_preemptions = self.prefix_queries = self.prefix_hits = 0  # prefixes are counted in tokens
+        self.num_preemptions = self.prefix_queries = self.prefix_hits = self.host_hits = 0  # prefixes in tokens, the host's among the hits
         self._prefilled_last = False
 
     @property
     def longest_request(self) -> int:
         """Tokens, prompt and answer, of the longest request that can run."""
-        return min(self.max_length, self.pool.num_pages * PAGE_SIZE)
+        return min(self.max_length, self.capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds of one request."""
+        return self.pool.pages_per_rank * PAGE_SIZE
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Requests that one rank runs at once."""
+        return -(-self.max_batch // self.pool.num_ranks)
 
     def check(self, request: Request) -> None:
         """Raises UserError for a request that can never run."""
-        capacity = self.pool.num_pages * PAGE_SIZE
         if not request.prompt:
             raise InvalidParameter("the prompt is empty: give at least one token", "prompt")
         if request.max_tokens > self.max_length:
@@ -61,10 +77,10 @@ class Scheduler:
                 "prompt",
                 "context_length_exceeded",
             )
-        if request.max_tokens > capacity:
+        if request.max_tokens > self.capacity:
             raise InvalidParameter(
                 f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {request.params.max_new_tokens}: the whole cache "
-                f"holds {capacity}; shorten the request or give the cache more pages",
+                f"holds {self.capacity}; shorten the request or give the cache more pages",
                 "prompt",
                 "context_length_exceeded",
             )
@@ -108,27 +124,49 @@ class Scheduler:
             request = self.waiting[0]
             # At least the last token is computed: its logits are needed.
             request.page_keys = keys = page_keys(request.tokens[:-1], request.page_keys)
-            found = self.pool.find(keys)
             needed = pages_for(min(len(request.tokens) + self.lookahead, request.max_tokens))
-            if needed - len(found) > self.pool.num_free - sum(self.pool.is_free(page) for page in found):
+            if (place := self._place(keys, needed)) is None:
                 return
             self.waiting.popleft()
+            request.rank, found = place
             for page in found:
                 self.pool.share(page)
-            request.pages = found + [self.pool.allocate() for _ in range(needed - len(found))]
-            request.page_keys, request.num_cached, request.prefilling = keys[: len(found)], len(found) * PAGE_SIZE, True
+            request.pages = found + [self.pool.allocate(request.rank) for _ in range(needed - len(found))]
+            # Looked up only now: what these pages held may have taken slots of the host.
+            fetched = self.pool.fetch(request.pages[len(found) :], keys[len(found) :])
+            known = len(found) + fetched
+            request.page_keys, request.num_cached, request.prefilling = keys[:known], known * PAGE_SIZE, True
             self.prefix_queries += len(request.tokens)
             self.prefix_hits += request.num_cached
+            self.host_hits += fetched * PAGE_SIZE
             request.admitted = request.admitted or time.monotonic()
             self.running.append(request)
 
+    def _place(self, keys: list[bytes], needed: int) -> tuple[int, list[int]] | None:
+        """A rank with room for a request, and the pages of its prefix there: the longest one found, where loads are alike."""
+        loads = [sum(request.rank == rank for request in self.running) for rank in range(self.pool.num_ranks)]
+        places = []
+        for rank, load in enumerate(loads):
+            found = self.pool.find(keys, rank)
+            room = self.pool.num_free_on(rank) - sum(self.pool.is_free(page) for page in found)
+            if load < self.rows_per_rank and needed - len(found) <= room:
+                places.append((rank, found))
+        idlest = min((loads[rank] for rank, _ in places), default=0)
+        places = [place for place in places if loads[place[0]] <= idlest + _SLACK]
+        return min(places, key=lambda place: (-len(place[1]), loads[place[0]]), default=None)
+
     def _prefill(self, prefilling: list[Request]) -> Work:
-        """The first request decides the rows' width and kind; those that fit beside it join."""
+        """The first request decides the rows' width and kind; those that fit beside it join, on every rank."""
         remaining = lambda request: len(request.tokens) - request.num_cached  # noqa: E731
         first, most = prefilling[0], self.prefill_widths[-1]
         chunk, width = _chunk(first), round_up(min(remaining(first), most), self.prefill_widths)
-        fitting = [r for r in prefilling[1:] if _chunk(r) == chunk and remaining(r) <= width]
-        rows = [first, *fitting[: max(self.prefill_tokens // width, 1) - 1]]
+        room = [max(self.prefill_tokens // width, 1)] * self.pool.num_ranks
+        room[first.rank] -= 1
+        rows = [first]
+        for request in prefilling[1:]:
+            if _chunk(request) == chunk and remaining(request) <= width and room[request.rank]:
+                room[request.rank] -= 1
+                rows.append(request)
         return Work(rows, [min(remaining(r), width) for r in rows], chunk)
 
     def _grow(self, decoding: list[Request]) -> list[Request]:
@@ -137,10 +175,10 @@ class Scheduler:
         for request in decoding:
             needed = pages_for(min(request.num_cached + self.lookahead, request.max_tokens))
             while request in self.running and needed > len(request.pages):
-                if self.pool.num_free:
-                    request.pages.append(self.pool.allocate())
+                if self.pool.num_free_on(request.rank):
+                    request.pages.append(self.pool.allocate(request.rank))
                 else:
-                    self._preempt(self.running[-1])
+                    self._preempt([other for other in self.running if other.rank == request.rank][-1])
             if request in self.running:
                 grown.append(request)
         return grown

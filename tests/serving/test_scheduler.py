@@ -6,13 +6,27 @@ import numpy as np
 import pytest
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.serving.cache import PAGE_SIZE, PagePool, page_keys, pages_for
+from dsv3_jax.serving.cache import PAGE_SIZE, HostTier, PagePool, page_keys, pages_for
 from dsv3_jax.serving.request import Request, SamplingParams
 from dsv3_jax.serving.scheduler import Scheduler
 
 
+def contents(request):
+    """For each token a number that stands for it and all before it."""
+    known = request.__dict__.setdefault("contents", [])
+    for token in request.tokens[len(known) :]:
+        known.append(hash((known[-1] if known else 0, token)))
+    return known
+
+
+def write(held, pages, contents, start, end):
+    held.update({(pages[i // PAGE_SIZE], i % PAGE_SIZE): contents[i] for i in range(start, end)})
+
+
 def run(scheduler, requests, rng, accept=0.0):
-    """Runs all requests with made-up tokens; returns the number of steps. Checks the pages before every step."""
+    """Runs all requests with made-up tokens; returns the number of steps. Checks the pages before every step: who uses them, and that
+    they hold, for each token of each request that counts as cached, what was written for it or copied from where it was."""
+    held, host = {}, {}  # what is in (page, place) and in a slot of the host: a token and all before it
     for request in requests:
         scheduler.add(request)
     steps, previous_prefill = 0, False
@@ -20,6 +34,17 @@ def run(scheduler, requests, rng, accept=0.0):
         users = Counter(page for request in scheduler.running for page in request.pages)
         assert dict(users) == {page: n for page, n in enumerate(scheduler.pool._users) if n}
         assert len(scheduler.running) <= scheduler.max_batch
+        for page, slot, to_host in scheduler.pool.transfers:
+            if to_host:
+                host[slot] = [held[page, place] for place in range(PAGE_SIZE)]
+            else:
+                held.update({(page, place): content for place, content in enumerate(host[slot])})
+        scheduler.pool.transfers = []
+        assert max(Counter(request.rank for request in work.requests).values()) <= scheduler.rows_per_rank
+        for request in work.requests:
+            assert all(scheduler.pool.rank_of(page) == request.rank for page in request.pages)
+            places = [(page, place) for page in request.pages for place in range(PAGE_SIZE)]
+            assert [held[place] for place in places[: request.num_cached]] == contents(request)[: request.num_cached]
         assert not (work.prefill and previous_prefill and any(not r.prefilling for r in scheduler.running)), "decodes are starved"
         written = Counter()
         for request, count in zip(work.requests, work.counts):
@@ -29,14 +54,17 @@ def run(scheduler, requests, rng, accept=0.0):
             assert work.chunk != "first" or request.num_cached == 0
         assert all(n == 1 and users[page] == 1 for page, n in written.items()), "a page that is written to is shared"
         for request, count in zip(work.requests, work.counts):
+            before, pages = request.num_cached, request.pages
             if work.prefill and request.num_cached + count < len(request.tokens):
                 scheduler.cached(request, request.num_cached + count)
+                write(held, pages, contents(request), before, request.num_cached)
                 continue
             request.prefilling = False
             new = 1 + (not work.prefill and scheduler.lookahead == 2 and rng.random() < accept)
             new = min(new, request.max_tokens - len(request.tokens))
             request.tokens += rng.integers(0, 3, new).tolist()
             scheduler.cached(request, len(request.tokens) - 1)
+            write(held, pages, contents(request), before, request.num_cached)
             if len(request.tokens) == request.max_tokens:
                 scheduler.finish(request, "length")
         previous_prefill, steps = work.prefill, steps + 1
@@ -44,13 +72,14 @@ def run(scheduler, requests, rng, accept=0.0):
     return steps
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_every_request_ends(seed):
+@pytest.mark.parametrize("ranks, host", [(1, 0), (1, 3), (2, 0), (3, 9)])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_request_ends(seed, ranks, host):
     rng = np.random.default_rng(seed)
     num_pages = int(rng.integers(4, 12))
     scheduler = Scheduler(
-        PagePool(num_pages),
-        max_batch=int(rng.integers(1, 9)),
+        PagePool(num_pages * ranks, ranks, HostTier(host) if host else None),
+        max_batch=int(rng.integers(1, 9)) * ranks,
         max_length=num_pages * PAGE_SIZE,
         prefill_tokens=128,
         prefill_widths=(16, 64, 128),
@@ -65,8 +94,8 @@ def test_every_request_ends(seed):
         requests.append(Request(prompt, SamplingParams(max_new_tokens=total - length)))
     run(scheduler, requests, rng, accept=0.5)
     assert all(request.finish_reason == "length" and len(request.tokens) == request.max_tokens for request in requests)
-    assert scheduler.pool.num_free == num_pages and not scheduler.running and not scheduler.waiting
-    assert scheduler.prefix_hits > 0
+    assert scheduler.pool.num_free == num_pages * ranks and not scheduler.running and not scheduler.waiting
+    assert scheduler.prefix_hits > 0 and (scheduler.host_hits > 0) == (host > 0)
 
 
 def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused():

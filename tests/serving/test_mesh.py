@@ -1,0 +1,95 @@
+"""The engine on meshes of fake devices: the tokens of one device, whatever is spread where."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.parallel import eplb
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.serving import Engine, SamplingParams, runner
+
+GREEDY = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
+
+
+def mesh_of(text):
+    sizes = meshes.parse(text)
+    return meshes.make(text, jax.devices()[: np.prod(list(sizes.values()))])
+
+
+def make(model, mesh, *, free_pages=None, **options):
+    """An engine of 16 pages of which others hold all but `free_pages` of each rank (a pool of another size is another program)."""
+    options = dict(max_length=256, num_pages=16, max_batch=8, prefill_tokens=64) | options
+    engine = Engine(model.decoder, model.params, mesh=mesh_of(mesh), **options)
+    pool = engine.pool
+    for rank in range(pool.num_ranks if free_pages else 0):
+        for _ in range(pool.pages_per_rank - free_pages):
+            pool.allocate(rank)
+    return engine
+
+
+@pytest.mark.parametrize("name, mesh", [("tiny_s_plain", "data=2"), ("tiny_s_plain", "expert=2"), ("tiny_s_yarn_mtp", "data=2,expert=2")])
+def test_greedy_tokens_equal_the_oracles(oracle, name, mesh):
+    model = oracle(name)
+    engine = make(model, mesh, speculate="mtp" in name)
+    answers = [completion.tokens for completion in engine.generate(model.prompts.tolist(), GREEDY)]
+    assert answers == model.greedy_tokens.tolist()
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("name", ["tiny_s_yarn_mtp"])
+def test_experts_change_place_while_requests_run_and_no_token_changes(oracle, name):
+    model = oracle(name)
+    engine = make(model, "data=2,expert=2", redundant_experts=4, rebalance_steps=5)
+    first, balancer = engine.balancer.plan.copy(), engine.balancer
+    prompts = model.prompts.tolist()
+    answers = [completion.tokens for completion in engine.generate(prompts, GREEDY)]
+    compiled = runner._forward._cache_size()
+    answers += [completion.tokens for completion in engine.generate(prompts, GREEDY)]
+    assert answers == 2 * model.greedy_tokens.tolist()
+    assert runner._forward._cache_size() == compiled, "a change of place compiled something again"
+    assert balancer.stats.plans >= 2 and (balancer.plan != first).any()
+    load = balancer._average
+    assert eplb.imbalance(load, balancer.plan, 2).mean() < eplb.imbalance(load, first, 2).mean()
+    assert balancer.stats.moved_replicas >= 2 * eplb.moved_replicas(first, balancer.plan, 2).sum() > 0  # twice: data=2
+    # Every slot holds the weights of the expert that the plan names.
+    stacked = model.decoder.decode_params(model.params)["moe_layers"]
+    for layer, (params, plan) in enumerate(zip(engine.runner.params["moe_layers"], balancer.plan)):
+        for leaf in ("gate_up_proj", "down_proj"):
+            np.testing.assert_array_equal(params["mlp"]["experts"][leaf], np.asarray(stacked[layer]["mlp"]["experts"][leaf])[plan])
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "data=2"])
+def test_prefixes_come_back_from_the_host(plain, mesh):
+    """Six prompts of two full pages each go round a pool that holds few of them: the second time their latents come from the host."""
+    prompts = [plain.ids200[0, i : i + 131].tolist() for i in range(6)]
+    params = dataclasses.replace(GREEDY, max_new_tokens=8)
+    without, engine = make(plain, mesh, free_pages=4), make(plain, mesh, free_pages=4, host_pages=20)
+    expected = [without.generate([prompt], params)[0].tokens for prompt in prompts]
+    for rounds in range(3):
+        computed = engine.stats.prompt_tokens
+        assert [engine.generate([prompt], params)[0].tokens for prompt in prompts] == expected
+        assert engine.stats.prompt_tokens - computed == 6 * (131 if rounds == 0 else 3)
+    assert engine.scheduler.host_hits > 128 * 8 and engine.pool.num_free == 4 * engine.pool.num_ranks
+
+
+def test_a_preempted_request_comes_back_from_the_host(plain):
+    prompts = [plain.ids200[0, i : i + 100 + i].tolist() for i in range(4)]
+    params = dataclasses.replace(GREEDY, max_new_tokens=120)
+    expected = [c.tokens for c in make(plain, "data=1").generate(prompts, params)]
+    tight, swapping = make(plain, "data=1", free_pages=5), make(plain, "data=1", free_pages=5, host_pages=30)
+    for engine in (tight, swapping):
+        assert [c.tokens for c in engine.generate(prompts, params)] == expected
+        assert engine.scheduler.num_preemptions > 0
+    assert swapping.stats.prompt_tokens < tight.stats.prompt_tokens
+    assert swapping.scheduler.host_hits > 0
+
+
+def test_a_host_tier_smaller_than_one_prompt_changes_nothing(plain):
+    prompts = [plain.ids200[0, i : i + 195].tolist() for i in range(3)]
+    params = dataclasses.replace(GREEDY, max_new_tokens=8)
+    engine = make(plain, "data=1", free_pages=4, host_pages=2)
+    expected = [make(plain, "data=1").generate([prompt], params)[0].tokens for prompt in prompts]
+    for _ in range(3):
+        assert [engine.generate([prompt], params)[0].tokens for prompt in prompts] == expected
