@@ -28,6 +28,7 @@ _REMAT_POLICIES = {
         "q_latent", "kv_latent", "attention", "residual", "router", "dispatched", "gate_up"
     ),
 }
+_UNROLLED = 8  # stacks of at most so many layers are compiled layer by layer
 
 
 class Output(NamedTuple):
@@ -120,12 +121,15 @@ class Decoder:
         def layer(x_BSD, params):
             return module.bind(self.modules[name], params)(x_BSD, where)
 
-        return jax.lax.scan(self._rematerialised(layer), x_BSD, stacked)
+        # What a loop keeps for the backward pass is copied into stacks and out of them; few layers run faster one after the other, where
+        # the time of compiling them is well spent (not in float32, on a CPU).
+        unroll = self._makers[name][1] <= _UNROLLED and self.recipe.compute_dtype == jnp.bfloat16
+        return jax.lax.scan(self._rematerialised(layer, prevent_cse=unroll), x_BSD, stacked, unroll=unroll)
 
-    def _rematerialised(self, function):
+    def _rematerialised(self, function, *, prevent_cse=False):
         if self.remat == "none":
             return function
-        return jax.checkpoint(function, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.checkpoint(function, policy=_REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
 
     def final_norm(self, params: dict, hidden_BSD: jax.Array) -> jax.Array:
         """The norm before the head."""

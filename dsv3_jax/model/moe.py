@@ -63,7 +63,7 @@ class Router(Module):
         biased_TE = jax.lax.stop_gradient(scores_TE)
         if c.topk_method == "noaux_tc":
             biased_TE = biased_TE + jax.lax.stop_gradient(self.e_score_correction_bias[...])
-        _, experts_TK = jax.lax.top_k(_limit_groups(biased_TE, c), c.num_experts_per_tok)
+        experts_TK = checkpoint_name(_top_k(_limit_groups(biased_TE, c), c.num_experts_per_tok)[1], "router")
         weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
         if c.norm_topk_prob:
             weights_TK = weights_TK / (jnp.sum(weights_TK, axis=-1, keepdims=True) + 1e-20)
@@ -79,10 +79,21 @@ def _limit_groups(scores_TE: jax.Array, c: ModelConfig) -> jax.Array:
         return scores_TE
     grouped_TGE = scores_TE.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
     best = 2 if c.topk_method == "noaux_tc" else 1
-    group_scores_TG = jnp.sum(jax.lax.top_k(grouped_TGE, best)[0], axis=-1)
-    _, kept_groups = jax.lax.top_k(group_scores_TG, c.topk_group)
+    group_scores_TG = jnp.sum(_top_k(grouped_TGE, best)[0], axis=-1)
+    _, kept_groups = _top_k(group_scores_TG, c.topk_group)
     kept_TG = jnp.any(kept_groups[..., None] == jnp.arange(c.n_group), axis=-2)
     return jnp.where(kept_TG[..., None], grouped_TGE, -jnp.inf).reshape(scores_TE.shape)
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`, ties and all, for the few that a router takes: k times the maximum, where XLA would sort."""
+    position, found = jnp.arange(x.shape[-1], dtype=jnp.int32), []
+    for _ in range(k):
+        index = jnp.argmax(x, axis=-1).astype(jnp.int32)
+        found.append((jnp.max(x, axis=-1), index))
+        x = jnp.where(position == index[..., None], -jnp.inf, x)
+    values, indices = (jnp.stack(part, axis=-1) for part in zip(*found))
+    return values, indices
 
 
 def _count(experts: jax.Array, num_experts: int) -> jax.Array:
@@ -92,7 +103,7 @@ def _count(experts: jax.Array, num_experts: int) -> jax.Array:
 def _balance_loss(scores_BSE: jax.Array, experts_per_token: int) -> jax.Array:
     """Σ_i f_i P_i of each sequence (report Eq. 17-20), mean over sequences; f counts the unbiased top-k and carries no gradient."""
     num_experts = scores_BSE.shape[-1]
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), experts_per_token)
+    _, chosen = _top_k(jax.lax.stop_gradient(scores_BSE), experts_per_token)
     frequency_BE = jax.vmap(lambda experts: _count(experts, num_experts))(chosen)
     frequency_BE = frequency_BE * (num_experts / (experts_per_token * scores_BSE.shape[1]))
     probability_BE = jnp.mean(scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True), axis=1)
@@ -134,8 +145,9 @@ class Dispatched(NamedTuple):
 def dispatch(x_TD: jax.Array | Activation, routing: Routing) -> Dispatched:
     """Every token once for each of its experts, sorted by expert: dropless, no padding."""
     flat = routing.experts_TK.reshape(-1)
-    order_R = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    order_R = checkpoint_name(jnp.argsort(flat, stable=True).astype(jnp.int32), "router")
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
+    inverse_R = checkpoint_name(inverse_R, "router")
     group_sizes_E = jnp.sum(flat[:, None] == jnp.arange(routing.stats.load_E.size), axis=0, dtype=jnp.int32)
     x_RD = keep(_spread(x_TD, order_R, inverse_R), "dispatched")
     weights_R = _permute(routing.weights_TK.reshape(-1), order_R, inverse_R)

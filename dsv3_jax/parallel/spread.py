@@ -46,16 +46,18 @@ class Spread:
         """The whole batch's (gradients, loss, terms) as a function (weights, others, batch, *scalars) of sharded arrays.
 
         local(weights, others, batch, *scalars): the same of one device's rows, with whole weights; `weights` are what is differentiated.
-        Losses are means over devices, whose batches have one size (see `mean`); of the terms "load" is summed, of "fill" the largest taken.
+        Losses are means over devices, whose batches have one size (see `mean`); of the terms "load" and "overflow" are summed, of "fill"
+        the largest is taken.
         """
 
         def spread(weights, others, batch, *scalars):
             def here(weights, others, batch, *scalars):
                 gradients, loss, terms = local(self._gathered(weights), self._gathered(others), batch, *scalars)
                 terms = dict(terms)
-                load, fill = lax.psum(terms.pop("load"), self._rows), lax.pmax(terms.pop("fill"), self._rows)
+                load, overflow = lax.psum((terms.pop("load"), terms.pop("overflow")), self._rows)
+                fill = lax.pmax(terms.pop("fill"), self._rows)
                 loss, terms = self.mean((loss, terms))
-                return self._reduced(gradients), loss, {**terms, "load": load, "fill": fill}
+                return self._reduced(gradients), loss, {**terms, "load": load, "overflow": overflow, "fill": fill}
 
             specs = self._specs(weights), self._specs(others), sharding.batch_spec(self.mesh.shape), *[_WHOLE] * len(scalars)
             return self._map(here, specs, (specs[0], _WHOLE, _WHOLE))(weights, others, batch, *scalars)

@@ -163,7 +163,12 @@ class Run:
 
     def _report(self, step: schedules.Step, metrics: dict, clock: "_Clock", log: MetricsLog, progress: Progress) -> None:
         metrics = jax.device_get(metrics)
-        load_LE = metrics.pop("load")
+        load_LE, overflow = metrics.pop("load"), metrics.pop("overflow", {})
+        overflow = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): counts.tolist()
+            for path, counts in jax.tree.leaves_with_path(overflow)
+            if counts.any()
+        }
         number, row = step.number + 1, step.first_row + step.num_rows
         tokens = step.num_rows * self.config.sequence_length
         clock.tick(tokens)
@@ -173,7 +178,7 @@ class Run:
             "tokens": row * self.config.sequence_length,
             "tokens_per_second": clock.tokens_per_second,
         }
-        log.write(number, values)
+        log.write(number, values | ({"overflow": overflow} if overflow else {}))
         left = schedules.total_tokens(self.config) - values["tokens"]
         progress.show(number, values | {"seconds_left": left / clock.tokens_per_second if clock.tokens_per_second else float("inf")})
         if values["skipped_in_row"] >= self.config.max_bad_steps:

@@ -122,11 +122,23 @@ def cross_entropy(decoder: Decoder, params: dict, normed_BSD: jax.Array, target:
 
 
 def _losses(logits_BSW, target):
-    """(weighted sum of −log p(target), log-sum-exp of the logits [B, S, 1], whether an entry is its position's target [B, S, W])"""
-    lse_BS1 = jax.nn.logsumexp(logits_BSW, axis=-1, keepdims=True)
-    chosen_BSW = jnp.arange(logits_BSW.shape[-1], dtype=jnp.int32) == target.tokens_BS[..., None]  # no gather, whose transpose is a scatter
-    chosen_BS = jnp.sum(jnp.where(chosen_BSW, logits_BSW, 0), axis=-1)
-    return jnp.sum((lse_BS1[..., 0] - chosen_BS) * target.weights_BS), lse_BS1, chosen_BSW
+    """(weighted sum of −log p(target), log-sum-exp of the logits [B, S, 1])"""
+    lse_BS1 = _logsumexp(logits_BSW)[..., None]
+    chosen_BS1 = jnp.take_along_axis(logits_BSW, target.tokens_BS[..., None], axis=-1)
+    return jnp.sum((lse_BS1 - chosen_BS1)[..., 0] * target.weights_BS), lse_BS1
+
+
+def _logsumexp(x):
+    """Over the last axis, reading it once: maximum and sum of exponentials are carried together."""
+
+    def merge(left, right):
+        (top, total), (other_top, other_total) = left, right
+        new_top = jnp.maximum(top, other_top)
+        return new_top, total * jnp.exp(top - new_top) + other_total * jnp.exp(other_top - new_top)
+
+    start = jnp.array(jnp.finfo(x.dtype).min, x.dtype), jnp.array(0, x.dtype)  # finite: −inf less −inf is NaN
+    top, total = jax.lax.reduce((x, jnp.ones_like(x)), start, merge, (x.ndim - 1,))
+    return top + jnp.log(total)
 
 
 def _pieces(decoder, normed_BSD, target):
@@ -155,8 +167,9 @@ def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
     def add(sums, piece):
         normed_BSD, target = piece
         logits_BSW, head_vjp = jax.vjp(lambda head, x: decoder.head({"lm_head": head}, x), lm_head, normed_BSD)
-        loss, lse_BS1, chosen_BSW = _losses(logits_BSW, target)
+        loss, lse_BS1 = _losses(logits_BSW, target)
         # In one pass over the logits, written out once more in the compute dtype; by autodiff it is four.
+        chosen_BSW = jnp.arange(logits_BSW.shape[-1], dtype=jnp.int32) == target.tokens_BS[..., None]
         dlogits_BSW = (jnp.exp(logits_BSW - lse_BS1) - chosen_BSW) * target.weights_BS[..., None]
         dhead, dnormed = head_vjp(dlogits_BSW)
         return (sums[0] + loss, sums[1] + dhead), dnormed

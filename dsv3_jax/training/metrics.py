@@ -42,7 +42,7 @@ class MetricsLog:
         self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, values: dict) -> None:
-        """values: numbers and lists of numbers; what is not finite is written as null."""
+        """values: numbers, lists of numbers, dicts of these; a number that is not finite is written as null."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")

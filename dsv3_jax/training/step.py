@@ -16,7 +16,7 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.parallel.buffers import Buffers
 from dsv3_jax.parallel.mesh import make
 from dsv3_jax.parallel.spread import Spread
-from dsv3_jax.precision.weights import attach, quantize_params
+from dsv3_jax.precision import attach, overflow_counters, quantize_params
 from dsv3_jax.training import loss, optimizer, pipeline, router_bias
 from dsv3_jax.training.schedules import Scheduled
 
@@ -63,7 +63,8 @@ class Trainer:
         """One optimizer step over a batch (see training/loss.py); the state is donated.
 
         Returns the new state and metrics, float32 scalars: "loss", its terms before their weights, "grad_norm" (before clipping),
-        "skipped" and "skipped_in_row"; "fill" of the exchange's buffers; and "load" [L, E].
+        "skipped" and "skipped_in_row"; "fill" of the exchange's buffers; "load" [L, E]; and in FP8 recipes "overflow" (see
+        `precision.overflow_counters`).
         """
         while True:
             size = self.buffers.size
@@ -138,24 +139,29 @@ class Trainer:
         """Float32 gradients of one device's loss, the loss and its terms, accumulated over `count` microbatches in float32."""
         over = jax.tree.map(lambda n: n / count, self.spread.mean(loss.num_targets(batch)))
         fp8 = quantize_params(weights, decoder.recipe)  # once a step, not once a microbatch
+        counters = overflow_counters(weights, decoder.recipe)
 
-        def loss_of(weights, microbatch):
+        def loss_of(weights, counters, microbatch):
             return loss.loss_and_terms(
                 decoder,
-                attach(weights, biases, fp8),
+                attach(weights, biases, fp8, counters),
                 microbatch,
                 mtp_loss_weight=scheduled.mtp_loss_weight,
                 balance_loss_weight=self.config.optimizer.balance_loss_weight,
                 over=over,
             )
 
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        def gradient_of(microbatch):
+            differentiated = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+            (total, terms), (gradients, overflow) = differentiated(weights, counters, microbatch)
+            return (total, terms | {"overflow": overflow}), gradients
+
         if count == 1:
-            (total, terms), gradients = gradient_of(weights, batch)
+            (total, terms), gradients = gradient_of(batch)
             return gradients, total, terms
 
         def add(sums, microbatch):
-            more = gradient_of(weights, microbatch)
+            more = gradient_of(microbatch)
             fill = jnp.maximum(sums[0][1]["fill"], more[0][1]["fill"])
             (total, terms), gradients = jax.tree.map(jnp.add, sums, more)
             return ((total, terms | {"fill": fill}), gradients), None
@@ -163,7 +169,7 @@ class Trainer:
         # Microbatch i takes rows i, i + count, ...: where the batch lies over devices, each keeps its rows.
         microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
         first = jax.tree.map(lambda x: x[0], microbatches)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, weights, first))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, first))
         ((total, terms), gradients), _ = jax.lax.scan(add, zeros, microbatches)
         mean = lambda tree: jax.tree.map(lambda x: x / count, tree)  # noqa: E731
-        return mean(gradients), total / count, mean(terms) | {"load": terms["load"], "fill": terms["fill"]}
+        return mean(gradients), total / count, mean(terms) | {name: terms[name] for name in ("load", "fill", "overflow")}
