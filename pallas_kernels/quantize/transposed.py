@@ -27,16 +27,18 @@ def transpose_quantize(x, scales, group_sizes, *, pow2, interpret):
     middle = jnp.float16 if x.dtype == E4M3 else x.dtype
     table = _token_tiles(tokens, group_sizes)
     # scales are read past the end of a group, and so past the end of the array
-    operands = [table, x] + ([] if scales is None else [pad_to(scales, (blocks, tokens + BLOCK))])
+    operands = [table, x] + ([] if scales is None else [pad_to(scales, (blocks, -(-tokens // 4) * 4 + BLOCK))])
 
     def body(table, x, *refs):
-        *scales, values, out_scales, x_smem, middle_smem, values_smem, scales_smem, loaded, exchanged = refs
+        *scales, values, out_scales, x_smem, middle_smem, values_smem, scales_smem, factors_smem, loaded, exchanged = refs
         tile, block, warpgroup = lax.axis_index("tokens"), lax.axis_index("block"), lax.axis_index("wg")
         first, count = table[tile, 0], table[tile, 1]
 
         @pl.when(warpgroup == 0)
         def _():
             plgpu.copy_gmem_to_smem(x.at[pl.ds(first, BLOCK), pl.ds(block * BLOCK, BLOCK)], x_smem, loaded.at[0])
+            for ref in scales:  # by TMA, which takes any first row: a group may begin at an odd one
+                plgpu.copy_gmem_to_smem(ref.at[block, pl.ds(first, BLOCK)], factors_smem, loaded.at[0])
 
         plgpu.barrier_wait(loaded.at[0])
         middle_smem[warpgroup] = plgpu.load(x_smem.at[pl.ds(warpgroup * HALF, HALF)], layout=LAYOUT, optimized=False).astype(middle)
@@ -49,7 +51,7 @@ def transpose_quantize(x, scales, group_sizes, *, pow2, interpret):
             source = middle_smem.at[half, :, pl.ds(warpgroup * HALF, HALF)].transpose((1, 0))
             part = plgpu.layout_cast(plgpu.load(source, layout=plgpu.Layout.WGMMA_TRANSPOSED), LAYOUT).astype(jnp.float32)
             if scales:
-                factor = plgpu.load(scales[0].at[block, pl.ds(first + half * HALF, HALF)], layout=LAYOUT.reduce(0), optimized=False)
+                factor = plgpu.load(factors_smem.at[pl.ds(half * HALF, HALF)], layout=LAYOUT.reduce(0), optimized=False)
                 part *= lax.broadcast_in_dim(factor, part.shape, [1])
             token = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=LAYOUT) + half * HALF
             halves.append(jnp.where(token < count, part, 0.0))
@@ -79,7 +81,8 @@ def transpose_quantize(x, scales, group_sizes, *, pow2, interpret):
             plgpu.SMEM((2, HALF, BLOCK), middle, transforms=swizzled(HALF, middle)),
             plgpu.SMEM((2, 2, HALF, HALF), E4M3, transforms=swizzled(HALF, E4M3)),
             plgpu.SMEM((2, HALF), jnp.float32),
-            plgpu.Barrier(num_barriers=1),
+            plgpu.SMEM((BLOCK,), jnp.float32),
+            plgpu.Barrier(num_arrivals=1 if scales is None else 2, num_barriers=1),
             plgpu.Barrier(num_arrivals=2, num_barriers=1),
         ],
         grid=(tiles, blocks),
