@@ -170,7 +170,7 @@ def compiled_step(config: TrainConfig):
     rest = batch, jax.tree.map(jnp.float32, Scheduled(1e-4, 0.3, 1e-3))
     one = functools.partial(trainer._step, trainer.spread.decoder(trainer.buffers.size))
     compiled = jax.jit(one, donate_argnums=0).lower(jax.eval_shape(init, jax.random.key(0)), *rest).compile()
-    return compiled, lambda: init(jax.random.key(0)), rest
+    return compiled, lambda seed=0: init(jax.random.key(seed)), rest
 
 
 def flop_per_token(config: TrainConfig) -> float:
@@ -188,7 +188,7 @@ def flop_per_token(config: TrainConfig) -> float:
 
 def step(arguments) -> None:
     """One precision a process, because the peak of memory is the process's."""
-    config = _config(arguments)
+    config = recipe_config(arguments)
     start = time.perf_counter()
     compiled, init, rest = compiled_step(config)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
@@ -215,7 +215,7 @@ def step(arguments) -> None:
 
 def memory(arguments) -> None:
     """Arguments (weights, moments) and temporaries (activations, gradients) of the compiled step, one technique at a time."""
-    base = _config(arguments)
+    base = recipe_config(arguments)
     print(f"{'precision':10s}{'remat':14s}{'moments':10s}{'state GiB':>11s}{'temporary GiB':>15s}")
     for precision, remat, moments in (
         ("bf16", "none", "float32"),
@@ -232,11 +232,14 @@ def memory(arguments) -> None:
         print(f"{precision:10s}{remat:14s}{moments:10s}{sizes}", flush=True)
 
 
-def _config(arguments) -> TrainConfig:
+def recipe_config(arguments) -> TrainConfig:
+    """The recipe of that name with the options of a command: one microbatch a step, of `rows` sequences."""
     import importlib
 
     config = importlib.import_module(f"configs.{arguments.recipe}").recipe()
     rows = arguments.rows or config.microbatch_size or config.batch_size
+    if getattr(arguments, "no_mtp", False):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_nextn_predict_layers=0))
     return dataclasses.replace(config, precision=arguments.precision, batch_size=rows, microbatch_size=None, batch_ramp_from=None)
 
 
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="small", help="of configs/, for step and memory")
     parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step")
     parser.add_argument("--rows", type=int, help="sequences a step; the recipe's microbatch by default")
+    parser.add_argument("--no-mtp", action="store_true", help="without the MTP module, as transformers trains the model (step, memory)")
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also the kernels of one call that take longest (step, layers)")
     arguments = parser.parse_args()
