@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.precision import fp8
 from dsv3_jax.precision.grouped import grouped_matmul
+from dsv3_jax.precision.products import einsum
 from dsv3_jax.precision.recipe import FLOAT32, Recipe, Scales
 from dsv3_jax.precision.tap import Tap, given, weight_gradient
 from dsv3_jax.precision.weights import FP8Weight, dense
@@ -37,8 +38,7 @@ def linear(
 
     out_dtype: the compute dtype by default. scales, overflow: of FP8 products (see `recipe`, `overflow_counters`).
     """
-    x_TK = x.reshape(-1, x.shape[-1]).astype(recipe.compute_dtype)
-    y_TN = _linear(x_TK, w, None, tap, recipe, scales, overflow, out_dtype or recipe.compute_dtype)
+    y_TN = _linear(x.reshape(-1, x.shape[-1]), w, None, tap, recipe, scales, overflow, out_dtype or recipe.compute_dtype)
     return y_TN.reshape(*x.shape[:-1], -1)
 
 
@@ -97,7 +97,9 @@ def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype):
         if not isinstance(x_TK, fp8.Activation):
             x_TK = fp8.quantise(x_TK.astype(recipe.compute_dtype), recipe, scales.input)
         return fp8.product(spec, x_TK, fp8_weight, group_sizes_E, tap, overflow)
-    return _product(x_TK.astype(recipe.compute_dtype), dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype)
+    if not (recipe.in_parts and x_TK.dtype == jnp.bfloat16):  # that is a part already
+        x_TK = x_TK.astype(recipe.compute_dtype)
+    return _product(x_TK, dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype)
 
 
 def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
@@ -119,7 +121,7 @@ def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, *, transposed=True):
     if group_sizes_E is None:
         axes, w = "tk,nk->tn" if transposed else "tk,kn->tn", w.reshape(-1, w.shape[-1])
         with jax.named_scope("dense_product"):
-            return jnp.einsum(axes, x_TK, w, precision=recipe.product_precision, preferred_element_type=out_dtype)
+            return einsum(axes, x_TK, w, recipe, out_dtype)
     w = w.reshape(w.shape[0], -1, w.shape[-1])
     with jax.named_scope("grouped_product"):
         return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed).astype(out_dtype)
@@ -137,8 +139,8 @@ def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
 def _product_bwd(recipe, out_dtype, saved, dy_TN):
     x_TK, w, group_sizes_E, tapped = saved
     dy_TN = dy_TN.astype(recipe.compute_dtype)
-    dx_TK = _multiply(dy_TN, w, group_sizes_E, recipe, recipe.compute_dtype, transposed=False)
-    stash = Tap(x_TK, dy_TN)
+    dx_TK = _multiply(dy_TN, w, group_sizes_E, recipe, x_TK.dtype, transposed=False)
+    stash = Tap(x_TK if tapped is None else x_TK.astype(recipe.compute_dtype), dy_TN)
     if tapped is not None:
         return dx_TK, jnp.zeros_like(w), None, stash
     return dx_TK, weight_gradient(stash, w.shape, group_sizes_E, recipe).astype(w.dtype), None, None

@@ -48,12 +48,14 @@ class Recipe:
     compute_dtype: of activations and of the operands of unquantised products.
     fp8: how the products of FP8_WEIGHTS run: None (unquantised), "hopper" (the kernels), "reference" (plain JAX).
     num_sms: on how many SMs products run; None for all of them. Fewer leave room for communication.
+    in_parts: dense float32 products as sums of bfloat16 ones (`products.einsum`), which tensor cores compute.
     """
 
     name: str
     compute_dtype: Any
     fp8: Literal["hopper", "reference"] | None = None
     num_sms: int | None = None
+    in_parts: bool = False
 
     @property
     def product_precision(self) -> lax.Precision:
@@ -63,7 +65,7 @@ class Recipe:
     @property
     def router(self) -> "Recipe":
         """The recipe of the router: always float32 (report §3.3.1)."""
-        return FLOAT32
+        return FLOAT32 if self.compute_dtype == jnp.float32 else FLOAT32_IN_PARTS
 
     @property
     def unquantised(self) -> "Recipe":
@@ -72,6 +74,7 @@ class Recipe:
 
 
 FLOAT32 = Recipe("float32", jnp.float32)
+FLOAT32_IN_PARTS = Recipe("float32_in_parts", jnp.float32, in_parts=True)
 BF16 = Recipe("bf16", jnp.bfloat16)
 FP8 = Recipe("fp8", jnp.bfloat16, fp8="hopper")
 FP8_REFERENCE = Recipe("fp8_reference", jnp.bfloat16, fp8="reference")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.precision.grouped import grouped_matmul_weight_gradient
+from dsv3_jax.precision.products import einsum
 from dsv3_jax.precision.recipe import FLOAT32, Recipe
 from pallas_kernels import Quantized, fp8_wgrad, grouped_fp8_wgrad, quantize_both
 
@@ -52,8 +53,7 @@ def weight_gradient(stash: Tap, w_shape: tuple[int, ...], group_sizes_E: jax.Arr
         lead = dw.shape[:-2]
         return dw.reshape(*lead, parts, -1, k)[..., :n, :].reshape(w_shape)
     if group_sizes_E is None:
-        precision = recipe.product_precision
-        dw = jnp.einsum("tn,tk->nk", stash.dy, stash.x, precision=precision, preferred_element_type=jnp.float32)
+        dw = einsum("tn,tk->nk", stash.dy, stash.x, recipe, jnp.float32)
     else:
         dw = grouped_matmul_weight_gradient(stash.x, stash.dy, group_sizes_E, recipe)
     return dw.reshape(w_shape)

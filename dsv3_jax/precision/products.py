@@ -1,0 +1,31 @@
+"""Unquantised dense products of a recipe."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.precision.recipe import Recipe
+
+
+def einsum(axes: str, a: jax.Array, b: jax.Array, recipe: Recipe, out_dtype: Any) -> jax.Array:
+    """`jnp.einsum` of two operands, accumulated in float32.
+
+    With `recipe.in_parts`: float32 operands are cut into three bfloat16 parts, each the rounded rest of those before, and the six products
+    that matter are summed; what is left out is of the size of float32's own rounding. A bfloat16 operand is its own only part.
+    """
+    if not recipe.in_parts:
+        return jnp.einsum(axes, a, b, precision=recipe.product_precision, preferred_element_type=out_dtype)
+    pairs = [(x, y) for i, x in enumerate(_parts(a)) for j, y in enumerate(_parts(b)) if i + j < 3]
+    return sum(jnp.einsum(axes, x, y, preferred_element_type=jnp.float32) for x, y in reversed(pairs)).astype(out_dtype)
+
+
+def _parts(x):
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    found = []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # a pair of casts the compiler may leave out
+        found.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return found

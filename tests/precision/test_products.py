@@ -1,0 +1,23 @@
+"""Float32 products of bfloat16 parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.precision import BF16, linear
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_router_of_a_bf16_recipe_is_as_exact_as_float32(dtype):
+    """Against float64; the gradient of a bfloat16 input is rounded to bfloat16 once."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (300, 512), dtype), jax.random.normal(keys[1], (24, 512))
+    dy = jax.random.normal(keys[2], (300, 24))
+    assert BF16.router.in_parts
+    y, vjp = jax.vjp(lambda x, w: linear(x, w, recipe=BF16.router), x, w)
+    dx, dw = vjp(dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, dtype, jnp.float32)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    for ours, exact, bound in ((y, x @ w.T, 3e-7), (dx, dy @ w, 2e-3 if dtype == jnp.bfloat16 else 3e-7), (dw, dy.T @ x, 3e-7)):
+        assert np.linalg.norm(np.asarray(ours, np.float64) - exact) < bound * np.linalg.norm(exact)
