@@ -117,14 +117,16 @@ class Decoder:
         """Token embeddings [B, S, D] in the compute dtype."""
         return params["embed"][tokens_BS].astype(self.recipe.compute_dtype)
 
-    def _run_stack(self, name, stacked, x_BSD, where):
-        def layer(x_BSD, params):
-            return module.bind(self.modules[name], params)(x_BSD, where)
+    def layer(self, name: str, params: dict, x_BSD: jax.Array, where: Positions, *, looped=False) -> tuple[jax.Array, RouterStats]:
+        """One layer of the stack `name`, rematerialised. looped: in the body of a loop, where the compiler cannot undo that."""
+        run = self._rematerialised(lambda x_BSD, params: module.bind(self.modules[name], params)(x_BSD, where), prevent_cse=not looped)
+        return run(x_BSD, params)
 
+    def _run_stack(self, name, stacked, x_BSD, where):
         # What a loop keeps for the backward pass is copied into stacks and out of them; few layers run faster one after the other, where
         # the time of compiling them is well spent (not in float32, on a CPU).
         unroll = self._makers[name][1] <= _UNROLLED and self.recipe.compute_dtype == jnp.bfloat16
-        return jax.lax.scan(self._rematerialised(layer, prevent_cse=unroll), x_BSD, stacked, unroll=unroll)
+        return jax.lax.scan(lambda x_BSD, params: self.layer(name, params, x_BSD, where, looped=not unroll), x_BSD, stacked, unroll=unroll)
 
     def _rematerialised(self, function, *, prevent_cse=False):
         if self.remat == "none":

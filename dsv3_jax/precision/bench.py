@@ -43,12 +43,13 @@ CLASSES = {  # of a kernel, by the scope its operation was made in
 
 
 def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
-    """(function, arguments): gradients of `config`'s MoE layers by their weights, its experts reduced to the card's share.
+    """(function, arguments): gradients of LAYERS of `config`'s MoE layers by their weights, experts reduced to the card's share.
 
-    The router runs over all experts; each row then goes to one of LOCAL_EXPERTS in turn, so that all have the same number.
+    The router runs over all experts; each row then goes to one of LOCAL_EXPERTS in turn, so that all have the same number. Each layer
+    has arrays of its own: nothing is stacked.
     """
     config = dataclasses.replace(
-        config, num_hidden_layers=LAYERS, first_k_dense_replace=0, num_nextn_predict_layers=0, vocab_size=1024, rope_scaling=None
+        config, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, vocab_size=1024, rope_scaling=None
     )
 
     def exchange(x_TD, routing, experts):
@@ -62,28 +63,31 @@ def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
     decoder = Decoder(config, numerics, remat="norms_and_up", exchange=exchange)
 
     def parameters(key):
-        shapes = decoder.abstract_params()
-        experts = shapes["moe_layers"]["mlp"]["experts"]
-        shapes["moe_layers"]["mlp"]["experts"] = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((LAYERS, LOCAL_EXPERTS, *leaf.shape[2:]), leaf.dtype), experts
-        )
-        leaves, structure = jax.tree.flatten(shapes)
+        layer = jax.eval_shape(lambda stacked: jax.tree.map(lambda leaf: leaf[0], stacked), decoder.abstract_params()["moe_layers"])
+        experts = layer["mlp"]["experts"]
+        layer["mlp"]["experts"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((LOCAL_EXPERTS, *leaf.shape[1:]), leaf.dtype), experts)
+        leaves, structure = jax.tree.flatten(layer)
         keys = jax.random.split(key, len(leaves))
-        ones = lambda leaf: leaf.ndim <= 2 and leaf.shape[0] in (LAYERS, config.hidden_size)  # noqa: E731  gains of norms
-        made = [jnp.ones(s.shape) if ones(s) else 0.02 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)]
+        made = [jnp.ones(s.shape) if s.ndim == 1 else 0.02 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)]
         return jax.tree.unflatten(structure, made)
 
-    def gradients(params, fp8, tokens, d_hidden):
-        def objective(params):
-            return jnp.sum((decoder(attach(params, fp8), tokens).hidden_BSD * d_hidden).astype(jnp.float32))
+    def gradients(layers, fp8, x_BSD, d_x_BSD):
+        where = decoder.positions(jnp.zeros(x_BSD.shape[:2], jnp.int32))
 
-        return jax.grad(objective)(params)
+        def objective(layers):
+            x = x_BSD
+            for params, form in zip(layers, fp8):
+                x, _ = decoder.layer("moe_layers", attach(params, form), x, where)
+            return jnp.sum((x * d_x_BSD).astype(jnp.float32))
+
+        return jax.grad(objective)(layers)
 
     def arguments(length):
-        params = jax.jit(parameters)(jax.random.key(0))
-        fp8 = jax.jit(lambda params: quantize_params(params, numerics))(params)
-        tokens = jax.random.randint(jax.random.key(1), (1, length), 0, config.vocab_size)
-        return params, fp8, tokens, jax.random.normal(jax.random.key(2), (1, length, config.hidden_size), jnp.bfloat16)
+        layers = [jax.jit(parameters)(key) for key in jax.random.split(jax.random.key(0), LAYERS)]
+        quantise = jax.jit(lambda params: quantize_params(params, numerics))
+        shape = (1, length, config.hidden_size)
+        x, d_x = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(1)))
+        return layers, [quantise(params) for params in layers], x, d_x
 
     return jax.jit(gradients), arguments
 
@@ -134,7 +138,7 @@ def classify(scope: str) -> str:
     return next((name for name, pattern in CLASSES.items() if re.search(pattern, scope)), "other")
 
 
-def layers(arguments) -> None:
+def v3_layers(arguments) -> None:
     print(f"{'':20s}{'ms':>9s}{'TFLOP/s':>9s}" + "".join(f"{name:>19s}" for name in TRACE_MS))
     trace = "".join(f"{ms:19.1f}" for ms in TRACE_MS.values())
     print(f"{'DeepSeek, 112 SMs':20s}{129.0:9.1f}{LAYERS * V3_FLOP / 129.0e-3 / 1e12:9.0f}{trace}")
@@ -153,9 +157,9 @@ def layers(arguments) -> None:
                 print_profile(milliseconds)
             del operands
     _, make = card_share(ModelConfig(), "fp8")
-    params, *_ = make(4096)
-    quantise = jax.jit(lambda params: quantize_params(params, named_recipe("fp8")))
-    print(f"quantising the weights, once a step: {seconds(quantise, params) * 1e3:.2f} ms")
+    layers, *_ = make(4096)
+    quantise = jax.jit(lambda layers: [quantize_params(params, named_recipe("fp8")) for params in layers])
+    print(f"quantising the weights, once a step: {seconds(quantise, layers) * 1e3:.2f} ms")
 
 
 def compiled_step(config: TrainConfig):
@@ -257,7 +261,7 @@ def main() -> None:
         check_devices(named_recipe("fp8"))
     except UserError as error:
         raise SystemExit(str(error)) from None
-    {"layers": layers, "step": step, "memory": memory}[arguments.what](arguments)
+    {"layers": v3_layers, "step": step, "memory": memory}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
