@@ -23,7 +23,7 @@ LAYERS = [
 ]
 RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
 # Exceptions, each with its reason: commands of a library package that stand above it (`python -m ...`) may use the public interface.
-COMMANDS = {"__main__", "bench", "tune", "study"}
+COMMANDS = {"__main__", "bench", "tune", "study", "curves"}
 
 
 def _package(name: str) -> str | None:

@@ -15,12 +15,14 @@ from pallas_kernels.platform import dispatch
 _BLOCK_ROWS = 128
 
 
-def grouped_matmul(x_RK: jax.Array, w: jax.Array, group_sizes_E: jax.Array, recipe: Recipe, *, transposed: bool = True) -> jax.Array:
+def grouped_matmul(
+    x_RK: jax.Array, w: jax.Array, group_sizes_E: jax.Array, recipe: Recipe, *, transposed: bool = True, filled: bool = False
+) -> jax.Array:
     """Rows sorted by group times their group's weight: x wᵀ with w [E, N, K], or x w with w [E, K, N] if not transposed -> [R, N].
 
-    Rows past the last group give zeros.
+    Rows past the last group give zeros. filled: there are none.
     """
-    return _run("grouped_matmul", x_RK, w, group_sizes_E, recipe, transposed=transposed)
+    return _run("grouped_matmul", x_RK, w, group_sizes_E, recipe, transposed=transposed, filled=filled)
 
 
 def grouped_matmul_weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array, recipe: Recipe) -> jax.Array:
@@ -56,7 +58,7 @@ def _to_blocks(x_RK, slot_R, num_blocks, block_rows):
     return padded.reshape(num_blocks, block_rows, -1)
 
 
-def _matmul(x_RK, w, group_sizes_E, *, transposed, precision=None, num_sms=None):
+def _matmul(x_RK, w, group_sizes_E, *, transposed, filled=False, precision=None, num_sms=None):
     slot_R, group_of_block, num_blocks, block_rows = _blocks(group_sizes_E, x_RK.shape[0])
     x_blocks = _to_blocks(x_RK, slot_R, num_blocks, block_rows)
     y_blocks = jnp.einsum("bmk,bnk->bmn" if transposed else "bmk,bkn->bmn", x_blocks, w[group_of_block], precision=precision)

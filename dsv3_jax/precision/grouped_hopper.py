@@ -18,14 +18,20 @@ from pallas_kernels.platform import device_sms
 _TILES = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 6, "grid_block_n": 8}
 
 
-def grouped_matmul(x_RK, w, group_sizes_E, *, transposed: bool, num_sms: int | None = None, interpret=None) -> jax.Array:
-    """x wᵀ with w [E, N, K], or x w with w [E, K, N] if not transposed -> [R, N]; rows past the last group give zeros."""
+def grouped_matmul(
+    x_RK, w, group_sizes_E, *, transposed: bool, filled: bool = False, num_sms: int | None = None, interpret=None
+) -> jax.Array:
+    """x wᵀ with w [E, N, K], or x w with w [E, K, N] if not transposed -> [R, N]; rows past the last group give zeros.
+
+    filled: there are none, which saves a pass over the result.
+    """
     axis_n, axis_k = (1, 2) if transposed else (2, 1)
     rows, n = x_RK.shape[0], w.shape[axis_n]
     x_RK, w = _pad(_pad(x_RK, 0, 8), 1, _TILES["block_k"]), _pad(_pad(w, axis_k, _TILES["block_k"]), axis_n, _TILES["block_n"])
     kernel = _on_sms(ragged_dot_mgpu.ragged_dot, num_sms, interpret)
     y_RN = kernel(x_RK, w, group_sizes=group_sizes_E, transpose_rhs=transposed, **_TILES)
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RN[:rows, :n], 0)  # the kernel leaves them unwritten
+    y_RN = y_RN[:rows, :n]
+    return y_RN if filled else jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RN, 0)  # the kernel leaves them unwritten
 
 
 def grouped_matmul_weight_gradient(x_RK, dy_RN, group_sizes_E, *, num_sms: int | None = None, interpret=None) -> jax.Array:
