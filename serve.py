@@ -49,9 +49,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if bench:
         option("--requests", type=int, default=100)
         option("--rate", type=float, help="requests a second; default all at once")
-        option("--lengths", choices=["random", "sharegpt"], default="random", help="of prompts and answers; sharegpt: log-normal, as chats")
-        option("--prompt-tokens", type=int, default=256, help="mean (sharegpt) or most (random)")
-        option("--answer-tokens", type=int, default=128, help="mean (sharegpt) or most (random)")
+        option("--lengths", choices=["fixed", "random", "mixed", "sharegpt"], default="random", help="see bench.py")
+        option("--prompt-tokens", type=int, default=256, help="all (fixed), most (random, mixed) or mean (sharegpt)")
+        option("--answer-tokens", type=int, default=128, help="the same of answers")
+        option("--text", type=Path, help="prompts are pieces of this file; default random tokens")
+        option("--random", choices=["bf16", "fp8"], help="MODEL is a recipe's name: its model with random weights")
+        option("--static", action="store_true", help="fill a batch, wait until all of it has ended, fill the next")
         option("--seed", type=int, default=0)
         return parser.parse_args(argv[1:], argparse.Namespace(bench=True))
 
@@ -88,11 +91,18 @@ def make_engine(options: argparse.Namespace):
     from dsv3_jax.serving.cache import pages_for
 
     mesh = meshes.make(options.mesh) if options.mesh else None
-    model = load(options.model, step=options.step, dtype=options.dtype, mesh=mesh)
+    if options.bench and options.random:
+        from dsv3_jax.serving.decode_bench import random_model
+
+        decoder, params = random_model(str(options.model), options.random, options.max_length, mesh)
+        tokenizer = None
+    else:
+        model = load(options.model, step=options.step, dtype=options.dtype, mesh=mesh)
+        decoder, params, tokenizer = model.decoder, model.params, model.tokenizer
     return Engine(
-        model.decoder,
-        model.params,
-        tokenizer=model.tokenizer,
+        decoder,
+        params,
+        tokenizer=tokenizer,
         max_batch=options.max_batch,
         max_length=options.max_length,
         num_pages=None if options.cache_tokens is None else pages_for(options.cache_tokens),

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
-from dsv3_jax.model.fused_attention import causal_attention
+from dsv3_jax.model.fused_attention import causal_attention, merge, partial_attention
 from dsv3_jax.model.module import Module, ones, rms_norm, weight
 from dsv3_jax.precision import Recipe
 from pallas_kernels.mla_decode import mla_append, mla_decode
@@ -115,36 +115,27 @@ class MLA(Module):
     def attend_pages(self, q_BSHd: jax.Array, cache: PagedCache) -> jax.Array:
         """Attend to all that the cache holds up to each query's position: -> [B, S, H, V].
 
-        Keys and values are materialised for a few pages at a time, and the softmax is carried along (Milakov and Gimelshein 2018), so
-        that memory does not grow with the length, and only as many blocks are computed as the longest row has.
+        Keys and values are materialised for a few pages at a time, and what they give is merged (Milakov and Gimelshein 2018), so that
+        memory does not grow with the length, and only as many blocks are computed as the longest row has.
         """
-        scale, precision = rope.softmax_scale(self.config), self.recipe.product_precision
+        scale, dtype = rope.softmax_scale(self.config), self.recipe.compute_dtype
         pages_per_block = min(_BLOCK_PAGES, cache.page_table.shape[1])
         block = pages_per_block * PAGE_SIZE
         table = jnp.pad(cache.page_table, ((0, 0), (0, -cache.page_table.shape[1] % pages_per_block)))
 
-        def add_block(index, carry):
-            total, weighted, top = carry
+        def add_block(index, so_far):
             rows = cache.pages[jax.lax.dynamic_slice_in_dim(table, index * pages_per_block, pages_per_block, axis=1)]
             rows = rows.reshape(rows.shape[0], block, rows.shape[-1])
-            latent = decode_rows(rows, self.recipe.compute_dtype) if rows.dtype == jnp.uint8 else rows.astype(self.recipe.compute_dtype)
+            latent = decode_rows(rows, dtype) if rows.dtype == jnp.uint8 else rows.astype(dtype)
             keys_K = index * block + jnp.arange(block)
             # Slots that were never written may hold anything, and NaN times 0 is NaN.
             k, v = self.materialise(jnp.where((keys_K < cache.lengths[:, None])[..., None], latent, 0))
-            scores = jnp.einsum("bshd,bkhd->bshk", q_BSHd, k, precision=precision, preferred_element_type=jnp.float32) * scale
-            seen = keys_K <= cache.write_positions[..., None]
-            scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            product = jnp.einsum("bshk,bkhv->bshv", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
-            return total * decay + jnp.sum(weights, axis=-1), weighted * decay[..., None] + product, new_top
+            return merge(so_far, partial_attention(q_BSHd, k, v, keys_K <= cache.write_positions[..., None], scale))
 
-        shape = q_BSHd.shape[:3]
-        start = (jnp.zeros(shape), jnp.zeros((*shape, self.config.v_head_dim)), jnp.full(shape, -1e30))
+        batch, width, heads = q_BSHd.shape[:3]
+        nothing = jnp.zeros((batch, width, heads, self.config.v_head_dim)), jnp.full((batch, heads, width), -jnp.inf)
         num_blocks = (jnp.max(cache.lengths) + block - 1) // block
-        total, weighted, _ = jax.lax.fori_loop(0, num_blocks, add_block, start)
-        # Padding sees nothing, and its sum is 0.
-        return (weighted / jnp.where(total > 0, total, 1)[..., None]).astype(self.recipe.compute_dtype)
+        return jax.lax.fori_loop(0, num_blocks, add_block, nothing)[0].astype(dtype)
 
     def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
         """Write the new tokens' latents into the cache and attend to all of it, absorbed (report §2.1.1; DeepSeek-V2 appendix).

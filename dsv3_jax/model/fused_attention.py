@@ -30,23 +30,21 @@ def causal_attention(q_BSHd, k_BSHd, v_BSHV, scale: float, segment_ids_BS: jax.A
     return _causal(q_BSHd, k_BSHd, v_BSHV, bias, scale)
 
 
-def attention_after_prefix(q_BSHd, k_BSHd, v_BSHV, prefix_k_BPHd, prefix_v_BPHV, prefix_lengths_B, scale: float) -> jax.Array:
-    """A chunk's tokens over a prefix and, causally, over themselves: two calls, merged by their log-sum-exp. -> [B, S, H, V].
+def partial_attention(q_BSHd, k_BSHd, v_BSHV, seen_BST: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Attention over some of the keys, those that `seen` allows, to be merged with that over others. Not differentiable.
 
-    prefix_lengths int32 [B]: what lies behind a row's prefix is not seen, but must be finite; a row may have none. Not differentiable.
+    Returns the output [B, S, H, V] and the log-sum-exp of the scores, float32 [B, H, S]. A query that sees nothing gets a finite output
+    and a log-sum-exp so low that `merge` leaves it out.
     """
-    seen_BP = jnp.arange(prefix_k_BPHd.shape[1]) < prefix_lengths_B[:, None]
-    seen_BSP = jnp.broadcast_to(seen_BP[:, None], (seen_BP.shape[0], q_BSHd.shape[1], seen_BP.shape[1]))
-    before = _forward(q_BSHd, prefix_k_BPHd, prefix_v_BPHV, _bias(seen_BSP, q_BSHd.dtype), scale, False)
-    within = _forward(q_BSHd, k_BSHd, v_BSHV, None, scale, True)
-    return merge(before, within).astype(v_BSHV.dtype)
+    return _forward(q_BSHd, k_BSHd, v_BSHV, _bias(seen_BST, q_BSHd.dtype), scale, False)
 
 
-def merge(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Attention over several sets of keys from that over each: (output [B, S, H, V], log-sum-exp float32 [B, H, S]) -> float32 output."""
+def merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention over several sets of keys from that over each, as `partial_attention` gives it; the output is float32."""
     lse = jnp.stack([lse for _, lse in parts])
-    weights = jnp.swapaxes(jax.nn.softmax(lse, axis=0), -1, -2)[..., None]
-    return jnp.sum(jnp.stack([out.astype(jnp.float32) for out, _ in parts]) * weights, axis=0)
+    total = jax.nn.logsumexp(lse, axis=0)
+    weights = jnp.swapaxes(jnp.exp(lse - total), -1, -2)[..., None]
+    return jnp.sum(jnp.stack([out.astype(jnp.float32) for out, _ in parts]) * weights, axis=0), total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,4 +1,8 @@
-"""How fast an engine is: made-up requests, all at once or at a rate, and what they waited for."""
+"""How fast an engine is: made-up requests, all at once or at a rate, and what they waited for.
+
+With `--static` the same engine runs them as one did before continuous batching (Yu et al. 2022): a batch is filled, and the next one
+starts when all of it has ended.
+"""
 
 import argparse
 import time
@@ -12,25 +16,33 @@ from dsv3_jax.serving.request import Request, SamplingParams
 
 
 def lengths(kind: str, mean: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """random: even within 1..mean; sharegpt: log-normal with that mean and the spread of chats (sigma 1.1)."""
+    """fixed: mean; random: even within 1..mean; mixed: 16..mean, every octave as often as any other; sharegpt: log-normal with that mean
+    and the spread of chats (sigma 1.1)."""
+    if kind == "fixed":
+        return np.full(count, mean)
     if kind == "random":
         return rng.integers(1, mean + 1, count)
+    if kind == "mixed":
+        return np.exp(rng.uniform(np.log(16), np.log(max(mean, 16)), count)).astype(int)
     return np.maximum(rng.lognormal(np.log(mean) - 1.1**2 / 2, 1.1, count), 1).astype(int)
 
 
 def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
-    """Greedy requests of random tokens, cut to the context."""
+    """Greedy requests, cut to the context: of random tokens, or of pieces of a text."""
     rng, longest = np.random.default_rng(options.seed), engine.scheduler.longest_request
     if options.requests < 1 or longest < 2:
         raise UserError(f"{options.requests} requests within {longest} tokens: there must be one request and two tokens at least")
     prompts = np.minimum(lengths(options.lengths, options.prompt_tokens, options.requests, rng), longest - 1)
     answers = np.minimum(lengths(options.lengths, options.answer_tokens, options.requests, rng), longest - prompts)
+    text = rng.integers(0, engine.config.vocab_size, 1 << 20)
+    if options.text:
+        text = np.asarray(engine.encode(options.text.read_text(encoding="utf-8")))
+        if len(text) <= max(prompts):
+            raise UserError(f"{options.text} has {len(text)} tokens, and the longest prompt {max(prompts)}: give a longer text")
+    starts = rng.integers(0, len(text) - prompts, len(prompts))
     return [
-        Request(
-            rng.integers(0, engine.config.vocab_size, prompt).tolist(),
-            SamplingParams(max_new_tokens=int(answer), temperature=0, ignore_eos=True),
-        )
-        for prompt, answer in zip(prompts, answers)
+        Request(text[start : start + prompt].tolist(), SamplingParams(max_new_tokens=int(answer), temperature=0, ignore_eos=True))
+        for start, prompt, answer in zip(starts, prompts, answers)
     ]
 
 
@@ -46,9 +58,11 @@ def run(engine: Engine, options: argparse.Namespace) -> int:
     usage, due, start = [], 0, time.monotonic()
     while due < len(requests) or engine.has_work:
         now = time.monotonic() - start
-        while due < len(requests) and arrivals[due] <= now:
+        full = options.static and engine.has_work
+        while due < len(requests) and arrivals[due] <= now and not full:
             engine.add(requests[due])
             due += 1
+            full = options.static and len(engine.scheduler.waiting) == engine.scheduler.max_batch
         if not engine.has_work:
             time.sleep(max(arrivals[due] - now, 0))
             continue

@@ -23,42 +23,62 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import recipe as named_recipe
 from dsv3_jax.precision import to_fp8
 from dsv3_jax.serving.cache import pages_for
 from dsv3_jax.serving.engine import Engine
+from dsv3_jax.serving.ranks import ONE_DEVICE, WHOLE, Ranks
 from dsv3_jax.serving.request import Request, SamplingParams
 from dsv3_jax.serving.scheduler import Work
 
 PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA's data sheet
 
 
-def random_params(decoder: Decoder) -> dict:
-    """Parameters for `Decoder.decode` that cost no checkpoint: gains are one, all else normal; FP8 weights as the recipe stores them."""
+def random_params(decoder: Decoder, ranks: Ranks = ONE_DEVICE) -> dict:
+    """Parameters for `Decoder.decode` that cost no checkpoint: gains are one, all else normal; FP8 weights as the recipe stores them.
+    Each device makes its own part."""
     shapes = decoder.abstract_params()
     if decoder.recipe.fp8:
         shapes = jax.eval_shape(to_fp8, shapes)
     shapes = jax.eval_shape(decoder.decode_params, shapes)
     keys = iter(range(10**6))
 
-    def make(path, leaf):
+    def make(path, leaf, spec):
         name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return ranks.full(leaf, spec, 1)
         if name.endswith("_scale"):
-            return jnp.full(leaf.shape, decoder.config.initializer_range, leaf.dtype)
+            return ranks.full(leaf, spec, decoder.config.initializer_range)
         std = 1.0 if leaf.dtype == jnp.float8_e4m3fn else decoder.config.initializer_range
-        return _normal(jax.random.key(next(keys)), leaf.shape, leaf.dtype, std)
+        return _normal(jax.random.key(next(keys)), leaf.shape, leaf.dtype, std, ranks, spec)
 
-    return jax.tree_util.tree_map_with_path(make, shapes)
+    return jax.tree_util.tree_map_with_path(make, shapes, ranks.param_specs(shapes))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key, shape, dtype, std):
-    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+def model_config(recipe: str) -> ModelConfig:
+    """The model of a recipe of configs/. Raises UserError for an unknown one."""
+    try:
+        return importlib.import_module(f"configs.{recipe}").model()
+    except ModuleNotFoundError as error:
+        raise UserError(f"there is no recipe {recipe!r} in configs/") from error
+
+
+def random_model(recipe: str, precision: str, max_length: int | None = None, mesh: Mesh | None = None) -> tuple[Decoder, dict]:
+    """A recipe's model, allowed at least so many positions, and random parameters for its `decode`, made where they are used."""
+    config = model_config(recipe)
+    config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, max_length or 0))
+    decoder = Decoder(config, named_recipe(precision))
+    return decoder, random_params(decoder, Ranks.of(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _normal(key, shape, dtype, std, ranks=ONE_DEVICE, spec=WHOLE):
+    return ranks.hold((std * jax.random.normal(key, shape, jnp.float32)).astype(dtype), spec)
 
 
 def copy_bandwidth() -> float:
@@ -226,7 +246,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="that many kernels, the longest first")
     options = parser.parse_args()
 
-    config = importlib.import_module(f"configs.{options.recipe}").model()
+    config = model_config(options.recipe)
     if options.layers:
         dense = config.first_k_dense_replace if options.dense is None else options.dense
         config = dataclasses.replace(config, num_hidden_layers=options.layers, first_k_dense_replace=dense)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -119,7 +120,7 @@ class Engine:
         )
         self.stats = Stats()
         self._eos = {config.eos_token_id} | ({tokenizer.eos_id} if tokenizer else set())
-        self._finished: list[_Step] = []  # of the step before, whose text is not out yet
+        self._running: tuple[Work, Result] | None = None  # the step on the device
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. Raises UserError for text without a tokenizer, and for ids outside the vocabulary."""
@@ -160,7 +161,6 @@ class Engine:
         """Drops a request and frees its pages; it has no further output."""
         if request.finish_reason is None:
             self.scheduler.finish(request, "abort")
-        self._finished = [step for step in self._finished if step.request is not request]
 
     def compile(self) -> Iterator[tuple[int, int]]:
         """Compiles every shape before the first request; yields (done, of how many)."""
@@ -174,20 +174,18 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running or self._finished)
+        return bool(self.scheduler.waiting or self.scheduler.running or self._running)
 
     def step(self) -> list[Output]:
-        """Starts the next step on the device and returns the output of the one before, whose text is made meanwhile."""
-        work = self.scheduler.schedule()
+        """Starts the next step and returns the output of the one before: the device need not wait for what the host does with it."""
+        work, before = self.scheduler.schedule(), self._running
         if self.pool.transfers:
             self.runner.caches = self.host.run(self.runner.caches, self.pool.transfers)
             self.pool.transfers = []
-        result = self.runner.run(work, self._bias(work)) if work else None
+        self._running = (work, self.runner.run(work, self._bias(work))) if work else None
         if work and self.balancer:
-            self.balancer.after_step(result.load_LE)
-        outputs = [self._emit(step) for step in self._finished]
-        self._finished = self._collect(work, result) if work else []
-        return outputs
+            self.balancer.after_step(self._running[1].load_LE)
+        return [self._emit(step) for step in self._collect(*before)] if before else []
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:
         """The answers, in the order of the prompts. With one `params` for all, each prompt draws from a seed of its own."""
@@ -209,12 +207,10 @@ class Engine:
 
     def _collect(self, work: Work, result: Result) -> list[_Step]:
         """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
-        sampled, counts = [None if x is None else np.asarray(x) for x in result.sampled], np.asarray(result.counts)
-        drafts = None if result.drafts is None else np.asarray(result.drafts)
+        sampled, counts, drafts = jax.tree.map(np.asarray, (tuple(result.sampled), result.counts, result.drafts))
         steps = []
-        for row, request, count in zip(result.rows, work.requests, work.counts):
-            if request.finish_reason is not None:  # aborted, or a stop text was found, while the step ran
-                continue
+        for index, request, count in self.scheduler.landed(work):
+            row = result.rows[index]
             if work.prefill:
                 self.stats.prompt_tokens += count
                 if request.num_cached + count < len(request.tokens):
@@ -223,9 +219,8 @@ class Engine:
             elif self.runner.speculate:
                 self.stats.drafted += 1
                 self.stats.accepted += int(counts[row]) - 1
-            request.prefilling = False
             tokens, reason = [], None
-            for token in sampled[0][row, : counts[row]].tolist():
+            for token in sampled[0][row, : 1 if counts is None else counts[row]].tolist():
                 tokens.append(token)
                 request.tokens.append(token)
                 if token in self._eos and not request.params.ignore_eos:

@@ -86,8 +86,14 @@ class Ranks:
             return params
         return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(self.mesh, spec)), params, self.param_specs(params))
 
-    def zeros(self, array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.Array:
-        return jnp.zeros(array.shape, array.dtype, device=NamedSharding(self.mesh, spec) if self.mesh else None)
+    def full(self, array: jax.ShapeDtypeStruct, spec: PartitionSpec, value: float = 0) -> jax.Array:
+        return jnp.full(array.shape, value, array.dtype, device=NamedSharding(self.mesh, spec) if self.mesh else None)
+
+    def hold(self, tree: Any, spec: PartitionSpec) -> Any:
+        """Inside of `jax.jit`: the arrays, which come out lying so. Programs that follow are then compiled once."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)), tree)
 
     def decoder(self, decoder: Decoder) -> Decoder:
         """The decoder whose tokens reach the experts of all ranks."""

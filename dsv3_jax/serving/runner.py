@@ -1,7 +1,8 @@
 """Runs steps on the device, in a few compiled shapes: rows × width of a prefill, rows of a decode step, pages of the table.
 
-A step is three programs that follow each other without a word from the host: `forward` (all layers, logits where they are wanted),
-`sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place. On a mesh the rows of all
+A step is a few programs that follow each other without a word from the host: `feed` (what the step before it has sampled), `forward` (all
+layers, logits where they are wanted), `sample`, and with speculation `draft` (the MTP module). The caches are donated: they are
+updated in place. As the tokens of a step reach the next one on the device, the host need not have seen them. On a mesh the rows of all
 ranks make one step (ranks.py).
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from dsv3_jax.model import Decoder
 from dsv3_jax.serving.cache import cache_shapes, pages_for
 from dsv3_jax.serving.ranks import ONE_DEVICE, WHOLE, Ranks
-from dsv3_jax.serving.request import SamplingParams
+from dsv3_jax.serving.request import Request, SamplingParams
 from dsv3_jax.serving.sampler import Rows, Sampled, sample
 from dsv3_jax.serving.scheduler import Work, round_up
 
@@ -52,12 +53,12 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Result(NamedTuple):
-    """What a step gave: the row of each of its requests, sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), how many of them
-    count [B], the tokens drafted to follow them [B] or None, and how many tokens chose each expert of each MoE layer [L, E]."""
+    """What a step gave: the row of each of its requests, sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), with speculation
+    how many of them count [B] and the tokens drafted to follow them [B], and how many tokens chose each expert of each MoE layer [L, E]."""
 
     rows: list[int]
     sampled: Sampled
-    counts: np.ndarray | jax.Array
+    counts: jax.Array | None
     drafts: jax.Array | None
     load_LE: jax.Array
 
@@ -80,7 +81,10 @@ class Runner:
         self.decoder, self.params, self.shapes, self.speculate, self.ranks = decoder, ranks.place(params), shapes, speculate, ranks
         self._pages_per_rank = num_pages // ranks.count
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
-        self.caches = {name: ranks.zeros(array, ranks.pages) for name, array in arrays.items()}
+        self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
+        # Of each row of the last step: token, how many counted, draft.
+        self._last = ranks.full(jax.ShapeDtypeStruct((3, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
+        self._row_of: dict[Request, int] = {}  # in the last step
 
     def run(self, work: Work, bias: dict[int, np.ndarray]) -> Result:
         """One step, started on the device: the result's arrays may still be in the making. bias: index of a request -> [W], added to its
@@ -88,7 +92,11 @@ class Runner:
         rows, inputs = self._inputs(work)
         logprobs = any(request.params.logprobs is not None for request in work.requests)
         bias = {rows[index]: values for index, values in bias.items()}
-        return Result(rows, *self._launch(inputs, logprobs=logprobs, chunk=work.chunk, bias=bias))
+        result = Result(rows, *self._launch(inputs, logprobs=logprobs, chunk=work.chunk, bias=bias))
+        self._row_of = dict(zip(work.requests, rows))
+        for array in jax.tree.leaves((result.sampled, result.counts, result.drafts)):
+            array.copy_to_host_async()
+        return result
 
     def compile(self) -> Iterator[tuple[int, int]]:
         """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
@@ -119,13 +127,14 @@ class Runner:
         rows = [rank * batch + place for rank, place in places]
         inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=work.prefill)
         params = [SamplingParams(temperature=0)] * len(inputs.lengths)
-        for row, request, count in zip(rows, work.requests, work.counts):
-            start = request.num_cached
+        for row, request, count, start, ahead in zip(rows, work.requests, work.counts, work.starts, work.ahead):
             tokens = request.tokens[start : start + count]
             if not work.prefill and self.speculate:
-                tokens = [request.tokens[start], request.draft]
+                tokens = [request.tokens[start], request.draft or 0]
             inputs.tokens[row, :count] = tokens
             inputs.positions[row, :count] = np.arange(start, start + count)
+            inputs.limits[row] = request.max_tokens
+            inputs.source[row] = self._row_of[request] if ahead else -1
             inputs.page_table[row, : len(request.pages)] = np.asarray(request.pages) % self._pages_per_rank
             inputs.lengths[row] = start + count
             params[row] = request.params
@@ -137,29 +146,33 @@ class Runner:
 
     def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> tuple:
         """`Result` without its rows, for inputs that have them. bias: by row."""
-        where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
+        tokens_BS, positions_BS, lengths_B, new_positions_BQ = _feed(
+            self.ranks, self._last, inputs.tokens, inputs.positions, inputs.lengths, inputs.limits, inputs.source, inputs.last
+        )
+        where = (positions_BS, self.caches, inputs.page_table, lengths_B)
         logits_BQW, hidden_BSD, self.caches, load_LE = _forward(
-            self.decoder, self.ranks, self.params, inputs.tokens, *where, inputs.last, chunk=chunk
+            self.decoder, self.ranks, self.params, tokens_BS, *where, inputs.last, chunk=chunk
         )
         bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values
-        new_positions = np.take_along_axis(inputs.positions, inputs.last, axis=1) + 1
-        sampled = sample(logits_BQW, inputs.rows, new_positions, logprobs=logprobs, bias_BQW=bias_BQW)
-        if not self.speculate:
-            return sampled, np.ones(len(inputs.lengths), np.int32), None, load_LE
-        may_accept = ~np.isin(np.arange(len(inputs.lengths)), list(bias))
-        where = (inputs.positions, self.caches, inputs.page_table, inputs.lengths)
-        drafts_B, counts_B, self.caches = _draft(
-            self.decoder, self.ranks, self.params, hidden_BSD, inputs.tokens, inputs.next_tokens, sampled.tokens, *where, inputs.last,
-            may_accept, chunk=chunk,
-        )  # fmt: skip
+        sampled = sample(logits_BQW, inputs.rows, new_positions_BQ, logprobs=logprobs, bias_BQW=bias_BQW)
+        drafts_B = counts_B = None
+        if self.speculate:
+            may_accept = ~np.isin(np.arange(len(inputs.lengths)), list(bias))
+            where = (positions_BS, self.caches, inputs.page_table, lengths_B)
+            drafts_B, counts_B, self.caches = _draft(
+                self.decoder, self.ranks, self.params, hidden_BSD, tokens_BS, inputs.next_tokens, sampled.tokens, *where, inputs.last,
+                may_accept, chunk=chunk,
+            )  # fmt: skip
+        self._last = _keep(self.ranks, self._last, sampled.tokens, counts_B, drafts_B)
         return sampled, counts_B, drafts_B, load_LE
 
 
 class _Inputs(NamedTuple):
     """Host arrays of a step: tokens, positions (-1: padding), next_tokens [B, S] (-1: the one that is sampled now), page_table
-    [B, pages], lengths [B], last [B, Q]: the columns after which a token is sampled, and the sampling parameters."""
+    [B, pages], lengths [B], last [B, Q]: the columns after which a token is sampled, limits [B]: tokens a row may have, source [B]: the
+    row of the step before whose last token this one starts with (-1: none does), and the sampling parameters."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -167,6 +180,8 @@ class _Inputs(NamedTuple):
     page_table: np.ndarray
     lengths: np.ndarray
     last: np.ndarray
+    limits: np.ndarray
+    source: np.ndarray
     rows: Rows
 
     @classmethod
@@ -174,7 +189,34 @@ class _Inputs(NamedTuple):
         last = np.zeros((batch, 1), np.int32) if prefill else np.tile(np.arange(width, dtype=np.int32), (batch, 1))
         full = lambda value: np.full((batch, width), value, np.int32)  # noqa: E731
         page_table = np.zeros((batch, table), np.int32)
-        return cls(full(0), full(-1), full(-1), page_table, np.zeros(batch, np.int32), last, Rows.of([], batch))
+        per_row = lambda value: np.full(batch, value, np.int32)  # noqa: E731
+        return cls(full(0), full(-1), full(-1), page_table, per_row(0), last, per_row(0), per_row(-1), Rows.of([], batch))
+
+
+@functools.partial(jax.jit, static_argnames="ranks")
+def _feed(ranks, last, tokens_BS, positions_BS, lengths_B, limits_B, source_B, last_BQ):
+    """Tokens, positions and lengths with what the last step gave to the rows that go on from it, and where the new tokens will stand
+    [B, Q]. What is beyond a row's limit, as a step may be that was started before its row had ended, is written nowhere."""
+    token_B, count_B, draft_B = last[:, source_B]
+    goes_on_B = source_B >= 0
+    tokens_BS = tokens_BS.at[:, 0].set(jnp.where(goes_on_B, token_B, tokens_BS[:, 0]))
+    if tokens_BS.shape[1] > 1:
+        tokens_BS = tokens_BS.at[:, 1].set(jnp.where(goes_on_B, draft_B, tokens_BS[:, 1]))
+    added_B = jnp.where(goes_on_B, count_B, 0)
+    moved_BS = positions_BS + added_B[:, None]
+    positions_BS = jnp.where((positions_BS >= 0) & (moved_BS < limits_B[:, None]), moved_BS, -1)
+    fed = tokens_BS, positions_BS, lengths_B + added_B, jnp.take_along_axis(moved_BS, last_BQ, axis=1) + 1
+    return ranks.hold(fed, ranks.rows)
+
+
+@functools.partial(jax.jit, static_argnames="ranks", donate_argnames="last")
+def _keep(ranks, last, sampled_BQ, counts_B, drafts_B):
+    """What the next step may go on from."""
+    size = sampled_BQ.shape[0]
+    counts_B = jnp.ones(size, jnp.int32) if counts_B is None else counts_B
+    tokens_B = jnp.take_along_axis(sampled_BQ, counts_B[:, None] - 1, axis=1)[:, 0]
+    rows = jnp.stack([tokens_B, counts_B, jnp.zeros_like(tokens_B) if drafts_B is None else drafts_B])
+    return ranks.hold(last.at[:, :size].set(rows), WHOLE)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "chunk"), donate_argnames="caches")

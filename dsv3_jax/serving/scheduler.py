@@ -6,6 +6,8 @@ youngest running request gives its pages back and starts again later from its pr
 the pool, or in the host tier, is found there, and the rest is computed again. The oldest one is thus never held up, and no request is
 larger than the pool: every request ends.
 
+A step is scheduled while the one before it still runs: the tokens that one adds are known by number, not by value (`Work.ahead`).
+
 On a mesh every rank has its own rows and its own part of the pool. A request stays on the rank that admits it, and all ranks take a step
 of the same kind at the same time.
 """
@@ -27,11 +29,18 @@ def round_up(size: int, sizes: tuple[int, ...]) -> int:
 
 
 class Work(NamedTuple):
-    """One step: requests and how many tokens each adds to the cache. chunk: of a prefill, "first" or "later" (see Decoder.decode)."""
+    """One step: requests, how many tokens each adds to the cache, and where they start.
+
+    chunk: of a prefill, "first" or "later" (see Decoder.decode). ahead: the first token is the last one of the step that runs; what that
+    step adds comes on top of the start. lives: those of the requests, when it was scheduled.
+    """
 
     requests: list[Request]
     counts: list[int]
+    starts: list[int]
+    ahead: list[bool]
     chunk: str | None
+    lives: list[int]
 
     @property
     def prefill(self) -> bool:
@@ -93,13 +102,21 @@ class Scheduler:
         """The next step, None when there is nothing to do. The pages it needs are the requests' already."""
         self._admit()
         prefilling = [request for request in self.running if request.prefilling]
-        decoding = [request for request in self.running if not request.prefilling]
+        decoding = [request for request in self.running if not request.prefilling and _may_go_on(request)]
         if prefilling and not (decoding and self._prefilled_last):
             self._prefilled_last = True
             return self._prefill(prefilling)
         self._prefilled_last = False
         decoding = self._grow(decoding)
-        return Work(decoding, [self.lookahead] * len(decoding), None) if decoding else None
+        return self._work(decoding, [self.lookahead] * len(decoding), None) if decoding else None
+
+    def landed(self, work: Work) -> list[tuple[int, Request, int]]:
+        """After a step: (row, request, tokens) of those who still want what it gave, and have neither ended nor lost their pages."""
+        rows = zip(range(len(work.requests)), work.requests, work.counts, work.lives)
+        wanted = [(row, r, count) for row, r, count, lives in rows if r.finish_reason is None and r.lives == lives]
+        for _, request, count in wanted:
+            request.in_flight -= count
+        return wanted
 
     def finish(self, request: Request, reason: str) -> None:
         """Takes a request out, wherever it is, and frees its pages."""
@@ -157,7 +174,7 @@ class Scheduler:
 
     def _prefill(self, prefilling: list[Request]) -> Work:
         """The first request decides the rows' width and kind; those that fit beside it join, on every rank."""
-        remaining = lambda request: len(request.tokens) - request.num_cached  # noqa: E731
+        remaining = lambda request: len(request.tokens) - _start(request)  # noqa: E731
         first, most = prefilling[0], self.prefill_widths[-1]
         chunk, width = _chunk(first), round_up(min(remaining(first), most), self.prefill_widths)
         room = [max(self.prefill_tokens // width, 1)] * self.pool.num_ranks
@@ -167,13 +184,22 @@ class Scheduler:
             if _chunk(request) == chunk and remaining(request) <= width and room[request.rank]:
                 room[request.rank] -= 1
                 rows.append(request)
-        return Work(rows, [min(remaining(r), width) for r in rows], chunk)
+        return self._work(rows, [min(remaining(r), width) for r in rows], chunk)
+
+    def _work(self, requests: list[Request], counts: list[int], chunk: str | None) -> Work:
+        ahead = [chunk is None and request.in_flight > 0 for request in requests]
+        work = Work(requests, counts, [_start(r) for r in requests], ahead, chunk, [r.lives for r in requests])
+        for request, count, start in zip(requests, counts, work.starts):
+            request.in_flight += count
+            request.prefilling = start + count < len(request.tokens)
+        return work
 
     def _grow(self, decoding: list[Request]) -> list[Request]:
         """Gives each request pages for its next step; those who can, oldest first."""
         grown = []
         for request in decoding:
-            needed = pages_for(min(request.num_cached + self.lookahead, request.max_tokens))
+            ahead = self.lookahead if request.in_flight else 0
+            needed = pages_for(min(_start(request) + ahead + self.lookahead, request.max_tokens))
             while request in self.running and needed > len(request.pages):
                 if self.pool.num_free_on(request.rank):
                     request.pages.append(self.pool.allocate(request.rank))
@@ -192,7 +218,18 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages, request.page_keys, request.num_cached, request.draft = [], [], 0, None
+        request.in_flight, request.lives = 0, request.lives + 1
+
+
+def _start(request: Request) -> int:
+    """Where its next tokens go, those of a step that runs and is not a prefill left out."""
+    return request.num_cached + request.in_flight if request.prefilling else len(request.tokens) - 1
+
+
+def _may_go_on(request: Request) -> bool:
+    """Whether the next token may be computed before the last one is known: not if that one is the last, or shapes the next."""
+    return not request.in_flight or (request.shaper is None and request.num_new_tokens + 1 < request.params.max_new_tokens)
 
 
 def _chunk(request: Request) -> str:
-    return "later" if request.num_cached else "first"
+    return "later" if _start(request) else "first"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.fused_attention import attention_after_prefix, causal_attention
+from dsv3_jax.model.fused_attention import causal_attention, merge, partial_attention
 
 SCALE = 0.2
 WIDTHS = (24, 16)  # of keys and of values, which are narrower, as in MLA
@@ -53,11 +53,20 @@ def test_output_and_gradients(dtype, bound, segments):
         assert np.linalg.norm(np.asarray(gradient, np.float64) - reference) < 2 * bound * np.linalg.norm(reference)
 
 
+def after_prefix(q, k, v, before_k, before_v, prefix_lengths):
+    """A chunk over what comes before it and over itself, merged."""
+    size = q.shape[1]
+    seen = jnp.arange(before_k.shape[1]) < jnp.array(prefix_lengths)[:, None, None]
+    before = partial_attention(q, before_k, before_v, jnp.broadcast_to(seen, (len(q), size, before_k.shape[1])), SCALE)
+    within = partial_attention(q, k, v, jnp.broadcast_to(jnp.tril(jnp.ones((size, size), bool)), (len(q), size, size)), SCALE)
+    return merge(before, within)[0].astype(v.dtype)
+
+
 @pytest.mark.parametrize("prefix_lengths", [[7, 3], [0, 7]])
 def test_a_chunk_after_a_prefix_is_the_end_of_the_whole_row(prefix_lengths):
     q, k, v, _ = operands(12)
     before_k, before_v = operands(7, seed=1)[1:3]
-    ours = attention_after_prefix(q, k, v, before_k, before_v, jnp.array(prefix_lengths), SCALE)
+    ours = after_prefix(q, k, v, before_k, before_v, prefix_lengths)
     for row, length in enumerate(prefix_lengths):
         keys = np.concatenate([before_k[row, :length], k[row]])[None]
         values = np.concatenate([before_v[row, :length], v[row]])[None]
@@ -95,10 +104,7 @@ def test_cudnn_on_the_gpu_against_float32(masked):
         out, vjp = jax.vjp(lambda *qkv: causal_attention(*qkv, SCALE, segments), *qkv)
         return out, *vjp(d_out.astype(out.dtype))
 
-    def after_prefix(q, k, v):
-        return attention_after_prefix(q, k, v, k[:, :300], v[:, :300], jnp.array([300, 0]), SCALE)
-
-    for function in (passes, lambda *qkv: (after_prefix(*qkv),)):
+    for function in (passes, lambda q, k, v: (after_prefix(q, k, v, k[:, :300], v[:, :300], [300, 0]),)):
         ours = jax.jit(function)(q, k, v)
         for x, reference in zip(ours, jax.jit(function)(*(x.astype(jnp.float32) for x in (q, k, v)))):
             assert jnp.linalg.norm(x.astype(jnp.float32) - reference) < 6e-3 * jnp.linalg.norm(reference)

@@ -39,8 +39,9 @@ def test_a_chat_remembers_what_was_said(folder, capsys, monkeypatch):
     assert twice != once + once, "the second answer must know the first"
 
 
-def test_the_benchmark_reports(plain, capsys):
-    argv = ["bench", str(plain.path), "--requests", "6", "--rate", "200", "--prompt-tokens", "40", "--answer-tokens", "10", *SMALL]
+@pytest.mark.parametrize("options", [["--rate", "200"], ["--static", "--lengths", "mixed", "--text", __file__]])
+def test_the_benchmark_reports(plain, capsys, options):
+    argv = ["bench", str(plain.path), "--requests", "12", "--prompt-tokens", "40", "--answer-tokens", "10", *options, *SMALL]
     assert serve.main(argv) == 0
     out = capsys.readouterr().out
     for words in ("generated tokens", "time to first token p50 / p99", "16 of 16"):

@@ -135,7 +135,8 @@ def test_aborted_requests_give_their_pages_back(plain):
     engine.step(), engine.step()
     for request in requests:
         engine.abort(request)
-    assert not engine.has_work and engine.pool.num_free == engine.pool.num_pages
+    assert engine.pool.num_free == engine.pool.num_pages
+    assert engine.step() == [] and not engine.has_work  # what the device was still at
 
 
 def test_kinds_of_prompts(plain):

@@ -177,7 +177,8 @@ def test_refusals_have_openais_shape(server):
     is_error(post(json=[]), 400)
     is_error(post("/v1/embeddings", json={}), 404)
     is_error(httpx.get(server.url + "/v1/completions"), 405)
-    assert is_error(post(content=b"x" * (MAX_BODY + 1)), 413)["code"] == "request_too_large"
+    for size in (MAX_BODY + 1, 50 * 2**20):
+        assert is_error(post(content=b"x" * size), 413)["code"] == "request_too_large"
     is_error(post(json={"prompt": "x", "chat_template": "{{ ''.__class__ }}"}), 400)
 
 
@@ -211,25 +212,19 @@ def test_clients_that_vanish_give_their_pages_back(server, stream):
         wait_until(lambda: server.engine.scheduler.running and server.engine.pool.num_free < 16, 30)
         if stream:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-    wait_until(lambda: idle(server.engine), 5)
+    wait_until(lambda: idle(server.engine), 1)
     requests_left = server.worker._streams
     assert not requests_left
 
 
 def test_64_streams_at_once(server):
     async def one(client, number):
-        text, chunks = "", 0
-        body = {"prompt": f"number {number}", "max_tokens": 12, "seed": number, "ignore_eos": True, "stream": True}
-        async with client.stream("POST", server.url + "/v1/completions", json=body) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    text, chunks = text + json.loads(line[6:])["choices"][0]["text"], chunks + 1
-                elif line:
-                    assert line == "data: [DONE]"
-        return text, chunks
+        ask = dict(model="tiny", prompt=f"number {number}", max_tokens=12, seed=number, stream=True, extra_body={"ignore_eos": True})
+        pieces = [chunk.choices[0].text async for chunk in await client.completions.create(**ask)]
+        return "".join(pieces), len(pieces)
 
     async def together():
-        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as client:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120) as client:
             return await asyncio.gather(*[one(client, i) for i in range(64)])
 
     answers = asyncio.run(together())

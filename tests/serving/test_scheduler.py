@@ -29,51 +29,67 @@ def run(scheduler, requests, rng, accept=0.0):
     held, host = {}, {}  # what is in (page, place) and in a slot of the host: a token and all before it
     for request in requests:
         scheduler.add(request)
-    steps, previous_prefill = 0, False
-    while work := scheduler.schedule():
-        users = Counter(page for request in scheduler.running for page in request.pages)
-        assert dict(users) == {page: n for page, n in enumerate(scheduler.pool._users) if n}
-        assert len(scheduler.running) <= scheduler.max_batch
-        for page, slot, to_host in scheduler.pool.transfers:
-            if to_host:
-                host[slot] = [held[page, place] for place in range(PAGE_SIZE)]
-            else:
-                held.update({(page, place): content for place, content in enumerate(host[slot])})
-        scheduler.pool.transfers = []
-        assert max(Counter(request.rank for request in work.requests).values()) <= scheduler.rows_per_rank
-        for request in work.requests:
-            assert all(scheduler.pool.rank_of(page) == request.rank for page in request.pages)
-            places = [(page, place) for page in request.pages for place in range(PAGE_SIZE)]
-            assert [held[place] for place in places[: request.num_cached]] == contents(request)[: request.num_cached]
-        assert not (work.prefill and previous_prefill and any(not r.prefilling for r in scheduler.running)), "decodes are starved"
-        written = Counter()
-        for request, count in zip(work.requests, work.counts):
-            assert pages_for(request.num_cached + count) <= len(request.pages)
-            touched = range(request.num_cached // PAGE_SIZE, pages_for(request.num_cached + count))
-            written.update(request.pages[i] for i in touched)
-            assert work.chunk != "first" or request.num_cached == 0
-        assert all(n == 1 and users[page] == 1 for page, n in written.items()), "a page that is written to is shared"
-        for request, count in zip(work.requests, work.counts):
-            before, pages = request.num_cached, request.pages
-            if work.prefill and request.num_cached + count < len(request.tokens):
-                scheduler.cached(request, request.num_cached + count)
-                write(held, pages, contents(request), before, request.num_cached)
-                continue
-            request.prefilling = False
-            new = 1 + (not work.prefill and scheduler.lookahead == 2 and rng.random() < accept)
-            new = min(new, request.max_tokens - len(request.tokens))
-            request.tokens += rng.integers(0, 3, new).tolist()
-            scheduler.cached(request, len(request.tokens) - 1)
+    steps, previous_prefill, running = 0, False, None
+    while True:
+        could_decode = any(not r.prefilling and not r.in_flight for r in scheduler.running)
+        work = scheduler.schedule()
+        if work:
+            users = Counter(page for request in scheduler.running for page in request.pages)
+            assert dict(users) == {page: n for page, n in enumerate(scheduler.pool._users) if n}
+            assert len(scheduler.running) <= scheduler.max_batch
+            assert max(Counter(request.rank for request in work.requests).values()) <= scheduler.rows_per_rank
+            assert not (work.prefill and previous_prefill and could_decode), "decodes are starved"
+            copy(scheduler.pool, held, host)
+            written = Counter()
+            for request, count, start, ahead in zip(work.requests, work.counts, work.starts, work.ahead):
+                end = min(start + count + ahead * scheduler.lookahead, request.max_tokens)
+                assert pages_for(end) <= len(request.pages)
+                assert all(scheduler.pool.rank_of(page) == request.rank for page in request.pages)
+                written.update(request.pages[i] for i in range(start // PAGE_SIZE, pages_for(end)))
+                assert (work.chunk != "first" or start == 0) and not (ahead and work.prefill)
+                places = [(page, place) for page in request.pages for place in range(PAGE_SIZE)]
+                assert [held[place] for place in places[: request.num_cached]] == contents(request)[: request.num_cached]
+                for place in places[start : min(start + count, request.max_tokens)]:
+                    held[place] = "written by the step that runs"
+            assert all(n == 1 and users[page] == 1 for page, n in written.items()), "a page that is written to is shared"
+            previous_prefill, steps = work.prefill, steps + 1
+            assert steps < 100_000
+        elif running is None:
+            return steps
+        if running is not None:
+            land(scheduler, running, rng, accept, held)
+        running = work
+
+
+def land(scheduler, work, rng, accept, held):
+    """The step has ended, while the next one is scheduled already."""
+    for _, request, count in scheduler.landed(work):
+        before, pages = request.num_cached, list(request.pages)
+        if work.prefill and before + count < len(request.tokens):
+            scheduler.cached(request, before + count)
             write(held, pages, contents(request), before, request.num_cached)
-            if len(request.tokens) == request.max_tokens:
-                scheduler.finish(request, "length")
-        previous_prefill, steps = work.prefill, steps + 1
-        assert steps < 100_000
-    return steps
+            continue
+        new = 1 + (not work.prefill and scheduler.lookahead == 2 and rng.random() < accept)
+        new = min(new, request.max_tokens - len(request.tokens))
+        request.tokens += rng.integers(0, 3, new).tolist()
+        scheduler.cached(request, len(request.tokens) - 1)
+        write(held, pages, contents(request), before, request.num_cached)
+        if len(request.tokens) == request.max_tokens:
+            scheduler.finish(request, "length")
+
+
+def copy(pool, held, host):
+    """What the pool asks for, in its order."""
+    for page, slot, to_host in pool.transfers:
+        if to_host:
+            host[slot] = [held[page, place] for place in range(PAGE_SIZE)]
+        else:
+            held.update({(page, place): content for place, content in enumerate(host[slot])})
+    pool.transfers = []
 
 
 @pytest.mark.parametrize("ranks, host", [(1, 0), (1, 3), (2, 0), (3, 9)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_request_ends(seed, ranks, host):
     rng = np.random.default_rng(seed)
     num_pages = int(rng.integers(4, 12))
@@ -86,7 +102,7 @@ def test_every_request_ends(seed, ranks, host):
         lookahead=1 + seed % 2,
     )
     requests = []
-    for _ in range(60):
+    for _ in range(30):
         total = int(rng.integers(2, num_pages * PAGE_SIZE + 1))
         length = int(rng.integers(1, total))
         # Few different tokens and a common beginning: many prefixes are found again.
