@@ -100,7 +100,7 @@ def fill(engine: Engine, batch: int, context: int, new_tokens: int) -> list[Requ
     requests = [Request(rng.integers(0, engine.config.vocab_size, context).tolist(), params) for _ in range(batch)]
     for request in requests:
         engine.add(request)
-    engine.scheduler.schedule()  # gives all of them their pages
+    engine.scheduler.landed(engine.scheduler.schedule())  # gives all of them their pages
     for request in requests:
         engine.scheduler.cached(request, context - 1)
         request.prefilling = False
@@ -157,7 +157,7 @@ def kernels(function) -> tuple[Counter, Counter]:
 
 def measure(engine: Engine, batch: int, context: int, calls: int, bandwidth: float, show: int) -> None:
     requests = fill(engine, batch, context, 4 * calls + 4)
-    work = Work(requests, [engine.runner.decode_width] * batch, None)
+    work = Work(requests, [engine.runner.decode_width] * batch, [context - 1] * batch, [False] * batch, None, [0] * batch)
     launch = lambda: engine.runner.run(work, {})  # noqa: E731
     start = time.perf_counter()
     result = jax.block_until_ready(launch())
@@ -178,7 +178,7 @@ def measure(engine: Engine, batch: int, context: int, calls: int, bandwidth: flo
         engine.abort(request)
     kernel_ms = sum(milliseconds.values())
     print(
-        f"| {batch} | {step * 1e3:.2f} | {kernel_ms:.2f} | {sum(count.values())} | {seconds / calls * 1e3:.2f} | {rate:,.0f} | "
+        f"| {batch} | {context} | {step * 1e3:.2f} | {kernel_ms:.2f} | {sum(count.values())} | {seconds / calls * 1e3:.2f} | {rate:,.0f} | "
         f"{num_bytes / 1e9:.2f} | {floor * 1e3:.2f} | {floor / step:.0%} | {floor * calls / seconds:.0%} | {touched} | {compiled:.0f} |",
         flush=True,
     )
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="default all")
     parser.add_argument("--dense", type=int, help="dense layers among them; default the model's")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 64, 256])
-    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--context", type=int, nargs="*", default=[2048])
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--fp8-cache", action="store_true")
     parser.add_argument("--empty", action="store_true")
@@ -263,8 +263,9 @@ def main() -> None:
         f"{'FP8' if options.fp8_cache else 'bf16'} cache: {gigabytes:.1f} GB of weights in {time.perf_counter() - start:.0f} s; "
         f"{jax.local_devices()[0].device_kind}, jax {jax.__version__}, copy {bandwidth / 1e9:.0f} GB/s"
     )
-    longest = max(options.context + 8 * options.calls + 8, options.prefill + 1)
-    num_pages = max([1, *options.batch]) * pages_for(options.context + 8 * options.calls + 8) + pages_for(options.prefill + 1)
+    context = max(options.context) + 8 * options.calls + 8
+    longest = max(context, options.prefill + 1)
+    num_pages = max([1, *options.batch]) * pages_for(context) + pages_for(options.prefill + 1)
     engine = Engine(
         decoder, params, max_batch=max([1, *options.batch]), max_length=longest, num_pages=num_pages,
         prefill_tokens=max(options.prefill, 1024), fp8_cache=options.fp8_cache, speculate=options.speculate,
@@ -272,10 +273,13 @@ def main() -> None:
     if not options.fp8_cache:  # not zeros: a card's clock depends on what it moves
         engine.runner.caches = {name: _normal(jax.random.key(0), x.shape, x.dtype, 1.0) for name, x in engine.runner.caches.items()}
     if options.batch:
-        columns = "batch, step ms, kernels ms, kernels, engine ms, tokens/s, GB, floor ms, floor/step, floor/engine, experts, compile s"
-        print(f"| {columns.replace(', ', ' | ')} |\n{'| --- ' * 12}|")
-    for batch in options.batch:
-        measure(engine, batch, options.context, options.calls, bandwidth, options.show)
+        columns = (
+            "batch context step_ms kernels_ms kernels engine_ms tokens/s GB floor_ms floor/step floor/engine experts compile_s".split()
+        )
+        print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
+    for context in options.context:
+        for batch in options.batch:
+            measure(engine, batch, context, options.calls, bandwidth, options.show)
     if options.prefill:
         prefill(engine, options.prefill, options.precision, options.show)
 
