@@ -36,6 +36,8 @@ from dsv3_jax.serving.ranks import ONE_DEVICE, WHOLE, Ranks
 from dsv3_jax.serving.request import Request, SamplingParams
 from dsv3_jax.serving.scheduler import Work
 
+COLUMNS = ("batch", "context", "step ms", "kernels ms", "kernels", "engine ms", "tokens/s", "GB", "floor ms", "floor/step")
+COLUMNS += ("floor/engine", "experts", "compile s")
 PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA's data sheet
 
 
@@ -273,10 +275,7 @@ def main() -> None:
     if not options.fp8_cache:  # not zeros: a card's clock depends on what it moves
         engine.runner.caches = {name: _normal(jax.random.key(0), x.shape, x.dtype, 1.0) for name, x in engine.runner.caches.items()}
     if options.batch:
-        columns = (
-            "batch context step_ms kernels_ms kernels engine_ms tokens/s GB floor_ms floor/step floor/engine experts compile_s".split()
-        )
-        print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
+        print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|")
     for context in options.context:
         for batch in options.batch:
             measure(engine, batch, context, options.calls, bandwidth, options.show)
