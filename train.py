@@ -16,6 +16,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import tyro
@@ -60,6 +61,7 @@ def train(argv: list[str]) -> int:
     if command.supervise is not None:
         if command.process_id is None:
             return supervise(command, config, argv)
+        processes.end_with_parent()
         argv = argv[: argv.index("--coordinator")]  # of a supervised process: the command that is shown is the user's
     set_environment(command)  # JAX reads it when it is first imported
     processes.join(command.coordinator, command.num_processes, command.process_id)
@@ -118,8 +120,17 @@ def load_recipe(name: str) -> TrainConfig:
         raise UserError(f"unknown recipe {name!r}{did_you_mean(name, known)}: choose one of {', '.join(known)}, or a path of a .py file")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.recipe()
+    try:
+        spec.loader.exec_module(module)
+        return module.recipe()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file of the user's own does
+        line = next((frame.lineno for frame in traceback.extract_tb(error.__traceback__)[::-1] if frame.filename == str(path)), None)
+        place = f"line {line}: " if line else ""
+        raise UserError(
+            f"the recipe {path} fails ({place}{type(error).__name__}: {error}): it needs a function recipe() that works"
+        ) from None
 
 
 def parse(recipe: TrainConfig, options: list[str]) -> Command:

@@ -46,6 +46,7 @@ def recipe(tmp_path_factory):
         lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
         (folder / "corpus").mkdir(exist_ok=True)
         (folder / "corpus" / f"file{i:02}.py").write_text("\n".join(lines))
+    (folder / "corpus" / "latin1.py").write_bytes("# caf\u00e9".encode("latin-1"))
     (folder / "micro.py").write_text(RECIPE.format(corpus=str(folder / "corpus")))
     return str(folder / "micro.py")
 
@@ -100,6 +101,7 @@ def test_output_of_a_run(whole, recipe):
     """Loss and each of its terms, speed, balance, time left; at the end bits per byte beside gzip's, a sample, what to do next."""
     folder, output = whole
     for words in (
+        "left out of the corpus, as they are not UTF-8: 1 documents",
         "step 300/300",
         "= main ",
         "mtp ",
@@ -181,6 +183,9 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
     [
         (["tinny"], "unknown recipe 'tinny' (did you mean 'tiny'?)"),
         (["nowhere/mine.py"], "unknown recipe 'nowhere/mine.py'"),
+        (["{tmp}/no_function.py"], "has no attribute 'recipe'): it needs a function recipe()"),
+        (["{tmp}/fails.py"], "fails.py fails (line 2: ZeroDivisionError: division by zero)"),
+        (["{tmp}/syntax.py"], "syntax.py fails (SyntaxError: "),
         (["--model.hiden-size", "3"], "unknown option --model.hiden-size (did you mean 'model.hidden-size'?)"),
         (["--step", "3"], "unknown option --step (did you mean 'steps'?)"),
         (["tiny", "--steps", "many"], "--steps"),
@@ -197,12 +202,17 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--workdir", "{tmp}/file/run"], "cannot write to"),
         (["--resume", "{tmp}/nowhere", "--workdir", "{tmp}/run"], "does not exist"),
         (["--init-from", "{tmp}/empty", "--workdir", "{tmp}/run", *TEXT], "holds no complete checkpoint"),
+        (["--supervise", "2", "--min-processes", "3"], "--supervise 2 and --min-processes 3: give"),
+        (["--supervise", "2", "--coordinator", "host:1"], "leave --coordinator"),
         (["--model.vocab-size", "100", "--workdir", "{tmp}/run", *TEXT], "vocab_size is 100"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, command):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "no_function.py").write_text("x = 1\n")
+    (tmp_path / "fails.py").write_text("def recipe():\n    return 1 / 0\n")
+    (tmp_path / "syntax.py").write_text("def recipe(:\n")
     (tmp_path / "text").mkdir()
     for i in range(50):
         (tmp_path / "text" / f"{i}.txt").write_text(f"text number {i} with some words in it\n" * 200)

@@ -4,7 +4,10 @@ srun python train.py …                                                    SLUR
 python train.py --coordinator HOST:PORT --num-processes 2 --process-id 0  anywhere else, once for each process
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +15,7 @@ from dsv3_jax.errors import UserError
 
 # Seconds. A process that does not answer ends the run on all others within the heartbeat's, and none waits longer than that to leave.
 _TIMEOUTS = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 10}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def cluster(environment=os.environ) -> str | None:
@@ -48,6 +52,12 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         raise UserError(
             f"the processes of this run did not find each other ({reason}): check the address and that all were started"
         ) from None
+
+
+def end_with_parent() -> None:
+    """Should the process that started this one be killed, this one gets SIGTERM: a supervised run does not outlive its supervisor."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def first(function: Callable[[], Any]) -> Any:

@@ -130,9 +130,9 @@ class Run:
         steps = list(schedules.steps(config, self.step, self.row))
         batches = self.loader.batches((step.first_row, step.num_rows) for step in steps)
         pending = None  # the metrics of a step are read while the next one runs
+        if self._told_to_stop():
+            return  # before the first step: later ones end the loop, saved
         for step, batch in zip(steps, batches):
-            if self._told_to_stop():
-                break  # before the first step: later ones end the loop themselves, saved
             self.state, metrics = self.trainer.step(self.state, self._place(batch), step.scheduled)
             if pending:
                 self._report(*pending, clock, log, progress)
@@ -229,7 +229,8 @@ class Run:
         if self.resumed_from is None and c.init_from:
             start = f"from the weights of {c.init_from}"
         mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        return (
+        skipped = f"left out of the corpus, as they are not UTF-8: {self.prepared.skipped:,} documents\n" if self.prepared.skipped else ""
+        return skipped + (
             f"{parameters:,} parameters, {c.batch_size} x {c.sequence_length} tokens a step, {c.steps} steps {start}\n"
             f"{self.decoder.recipe.name} on {jax.devices()[0].device_kind} ({mesh}); in {self.directory}; compiling the step ..."
         )

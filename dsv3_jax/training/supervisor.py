@@ -6,7 +6,6 @@ scheduler does this (docs/parallel.md).
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -26,7 +25,6 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # after one process reports wrong input: it may be the echo of another's death
 _TRIES = 3  # starts in a row that save nothing new, before the process that was lost last is given up
 _WRONG_INPUT, _INTERRUPTED, _TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM  # statuses of train.py
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Lost(NamedTuple):
@@ -96,16 +94,9 @@ def _start(command: list[str], resume: list[str], gpus: list[int], directory: Pa
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C goes to the supervisor, which tells them
-                preexec_fn=_end_with_parent,
             )
         workers.append(worker)
     return workers
-
-
-def _end_with_parent() -> None:
-    """In a new process: should the supervisor be killed, it saves and ends too."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _watch(workers: list[subprocess.Popen], stop: list[int]) -> Lost | None:
