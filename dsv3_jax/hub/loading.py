@@ -1,14 +1,16 @@
 """A Hugging Face checkpoint straight onto the devices.
 
 Every process reads only the slices that its devices hold. Slices go to the device in slabs of at most `_SLAB_BYTES` (or one tensor),
-where they are converted and put in place, so that the host holds the result (where it is the device) and two slabs.
+where they are converted and put in place, and the next parameter is read meanwhile, so that the host holds the result (where it is the
+device) and four slabs.
 """
 
 import functools
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.precision.weights import SCALE as PARAMETER_SCALE
 from pallas_kernels.quantized import BLOCK, num_blocks
 
-_SLAB_BYTES = 512 * 2**20
+_SLAB_BYTES = 256 * 2**20
 _READERS = 16  # threads; reading is bound by the disk's queue, not by the CPU
 _E4M3 = np.dtype(jnp.float8_e4m3fn)
 
@@ -53,15 +55,18 @@ def load(directory: str | Path, *, shardings: Any = None, dtype: Any = None, wei
     """
     config, _ = config_json.read(Path(directory))
     params: dict[str, Any] = {}
-    for path, leaf in stream(directory, shardings=shardings, dtype=dtype, weights=weights):
+    for path, leaf in stream(directory, shardings=shardings, dtype=dtype, weights=weights, ahead=1):
         functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)[path[-1]] = leaf
     return config, params
 
 
 def stream(
-    directory: str | Path, *, shardings: Any = None, dtype: Any = None, weights: str = "stored"
+    directory: str | Path, *, shardings: Any = None, dtype: Any = None, weights: str = "stored", ahead: int = 0
 ) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
-    """What `load` loads, parameter by parameter: (path, array). Everything is checked before the first one is read."""
+    """What `load` loads, parameter by parameter: (path, array). Everything is checked before the first one is read.
+
+    ahead: how many parameters are read before they are asked for, so that the disk does not wait for what is done with them.
+    """
     if weights not in ("stored", "dequantised"):
         raise UserError(f"weights={weights!r} is not known: choose 'stored' or 'dequantised'")
     directory = Path(directory)
@@ -74,20 +79,33 @@ def stream(
             parts_of.setdefault(tensor.path, []).append(tensor)
     shapes = Decoder(config).abstract_params()
     sources = {path: _sources(parts, stored) for path, parts in parts_of.items()}
-    with ThreadPoolExecutor(_READERS) as readers:
+    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(ahead + 1) as makers:
         _check_copies([tensor for tensor in tensors if tensor.copy], parts_of, stored, readers)
-        for path, (values, scales) in sources.items():
-            shape = functools.reduce(lambda tree, key: tree[key], path, shapes).shape
-            sharding = _sharding_of(shardings, path)
-            if scales and weights == "stored":
-                yield path, _array(shape, _E4M3, sharding, values, readers)
-                scale_path, scale_dtype = (*path[:-1], path[-1] + PARAMETER_SCALE), np.dtype(np.float32)
-                yield scale_path, _array(scale_shape(shape), scale_dtype, scale_sharding(sharding, shape), scales, readers)
-            else:
-                first = parts_of[path][0]
-                as_stored = np.dtype(np.float32) if scales else stored[first.name].dtype
-                leaf_dtype = np.dtype(np.float32) if first.float32 else np.dtype(dtype or as_stored)
-                yield path, _array(shape, leaf_dtype, sharding, values, readers, scales)
+
+        def arrays():
+            for path, (values, scales) in sources.items():
+                shape = functools.reduce(lambda tree, key: tree[key], path, shapes).shape
+                sharding = _sharding_of(shardings, path)
+                if scales and weights == "stored":
+                    yield path, (shape, _E4M3, sharding, values, readers)
+                    scale_path, scale_dtype = (*path[:-1], path[-1] + PARAMETER_SCALE), np.dtype(np.float32)
+                    yield scale_path, (scale_shape(shape), scale_dtype, scale_sharding(sharding, shape), scales, readers)
+                else:
+                    first = parts_of[path][0]
+                    as_stored = np.dtype(np.float32) if scales else stored[first.name].dtype
+                    leaf_dtype = np.dtype(np.float32) if first.float32 else np.dtype(dtype or as_stored)
+                    yield path, (shape, leaf_dtype, sharding, values, readers, scales)
+
+        making: deque[tuple[tuple[str, ...], Future]] = deque()
+        for path, what in arrays():
+            making.append((path, makers.submit(_array, *what)))
+            if len(making) > ahead:
+                path, made = making.popleft()
+                yield path, made.result()
+                del made
+        while making:
+            path, made = making.popleft()
+            yield path, made.result()
 
 
 def check(tensors: list[Tensor], stored: dict[str, Stored], directory: Path) -> None:
@@ -216,7 +234,7 @@ def _shard(index, dtype, device, values, scales, readers) -> jax.Array:
             buffer = jnp.zeros(shape, dtype, device=device)
         buffer = _insert(buffer, slab, start)
         if in_flight is not None:
-            in_flight.block_until_ready()  # two slabs on the host, no more
+            in_flight.block_until_ready()  # two slabs of a parameter on the host, no more
         in_flight = slab
     return buffer
 

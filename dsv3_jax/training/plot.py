@@ -1,0 +1,64 @@
+"""A picture of a run: `python -m dsv3_jax.training.plot RUN picture.png`. Needs matplotlib (the extra `plots`)."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from dsv3_jax.data.prepare import Prepared
+from dsv3_jax.errors import UserError
+
+
+def draw(run: Path, output: Path) -> None:
+    """Loss of every step, and bits per byte of the held-out text beside gzip's. Raises UserError where the run has no metrics."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install 'dsv3_jax[plots]'") from None
+    try:
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read {run / 'metrics.jsonl'} ({error.strerror}): give a run folder") from error
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loss, bits = figure.subplots(1, 2)
+    for name, label in (("main", "next token"), ("mtp", "the one after (MTP)")):
+        loss.plot(*zip(*[(m["step"], m[name]) for m in metrics if m.get(name) is not None]), label=label, linewidth=1)
+    heldout = [(m["step"], m["heldout_loss"]) for m in metrics if "heldout_loss" in m]
+    loss.plot(*zip(*heldout), "ko", markersize=4, label="next token, held out")
+    loss.set(xlabel="step", ylabel="nats per token")
+    loss.legend(frameon=False)
+
+    saved = max(run.glob("data/*/meta.json"), key=lambda path: path.stat().st_mtime, default=None)
+    if saved is not None:
+        prepared = Prepared.open(saved.parent)
+        tokens = (prepared.heldout.tokens - prepared.heldout.documents) / prepared.heldout.bytes  # a byte; the first of a document is given
+        bits.plot(*zip(*[(step, nats * tokens / math.log(2)) for step, nats in heldout]), "ko-", markersize=4, linewidth=1)
+        gzip = prepared.heldout_gzip9_bits_per_byte
+        bits.axhline(gzip, color="tab:red", linewidth=1)
+        bits.annotate("gzip -9", (1, gzip), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="tab:red")
+        final = [m for m in metrics if "heldout_bits_per_byte" in m]
+        if final:
+            last = final[-1]
+            bits.annotate(f"{last['heldout_bits_per_byte']:.2f}", (last["step"], last["heldout_bits_per_byte"]), ha="right", va="bottom")
+        bits.set(xlabel="step", ylabel="bits per byte of held-out text", xlim=(0, None), ylim=(0, None))
+    for axes in (loss, bits):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=110)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.training.plot", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("output", type=Path, help="the picture; its suffix says the format")
+    options = parser.parse_args(argv)
+    try:
+        draw(options.run, options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
