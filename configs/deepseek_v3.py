@@ -1,6 +1,7 @@
 """DeepSeek-V3 (671B), pre-trained as in its report.
 
     python train.py deepseek_v3 --dry-run                                            # parameters and memory, nothing allocated
+    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --dry-run --aot      # compiled for 2,048 GPUs that need not exist
     python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --batch-ramp-from 4096 --data.corpus …      # 2,048 GPUs
 
 Expected (the report): 14.8T tokens in about 243 thousand steps. The report's first 3,072 sequences are 24 microbatches a pipeline on
@@ -25,6 +26,8 @@ def recipe() -> TrainConfig:
         sequence_length=4096,
         batch_size=15360,
         batch_ramp_from=3072,
+        # Of one microbatch the operands of the weight gradients are gigabytes, and in lockstep delaying them gains nothing on 16 ranks.
+        pipeline_max_delayed=0,
         precision="fp8",
         remat="norms_and_up",
     )

@@ -150,6 +150,7 @@ class TrainConfig:
     batch_ramp_end: float = 469 / 14800  # where it is reached, as a fraction of the run's tokens
     microbatch_size: int | None = None  # sequences a forward pass, over all devices; None: all, or in a pipeline one for each device
     pipeline_schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipev"  # of the mesh axis pipe
+    pipeline_max_delayed: int | None = None  # microbatches whose weight gradients a rank puts off at most; None: as many as the schedule
     precision: Literal["auto", "float32", "bf16", "fp8", "fp8_reference"] = "auto"  # auto: bf16 on a GPU, float32 on a CPU
     remat: Literal["none", "layer", "norms_and_up"] = "layer"  # what the backward pass computes again
     seed: int = 0
@@ -163,11 +164,25 @@ class TrainConfig:
     eval_every: int = 500  # steps
     eval_rows: int = 64  # held-out rows of an evaluation on the way; the last one takes all
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+    max_wait: int = 1800  # seconds for a step, compilation included; beyond it a process ends and says for which others it waited
 
     def __post_init__(self):
-        for name in ("steps", "sequence_length", "batch_size", "checkpoint_every", "keep_checkpoints", "eval_every", "max_bad_steps"):
+        for name in (
+            "steps",
+            "sequence_length",
+            "batch_size",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "eval_every",
+            "max_bad_steps",
+            "max_wait",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.pipeline_max_delayed is not None and self.pipeline_max_delayed < 0:
+            raise UserError(
+                f"pipeline_max_delayed={self.pipeline_max_delayed} must be at least 0, or None for as many as the schedule says"
+            )
         first, micro = self.batch_ramp_from or self.batch_size, self.microbatch_size
         if not 1 <= first <= self.batch_size:
             raise UserError(f"batch_ramp_from={first} must lie in 1..batch_size={self.batch_size}")

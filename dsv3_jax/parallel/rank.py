@@ -102,9 +102,9 @@ class Rank:
         table, batch = self.table, self._microbatch(0)
         x_BSD = self.decoder.embed(self.shared, batch["tokens"][:, :-1])
         gradients = [jax.eval_shape(lambda x, p=p: self._backward_input(p, x, x, batch), x_BSD) for p in range(len(self.stages))]
-        # The stash of either chunk: of each stack as many layers as the longer one has.
+        # The stash of either chunk: of each stack as many layers as the longer one has; nothing where no weight gradient is put off.
         self._stash_of = {}
-        for stage, gradient in zip(self.stages, gradients):
+        for stage, gradient in zip(self.stages, gradients) if table.stash_slots else ():
             for stack, stashes in _by_stack(stage, gradient.stash).items():
                 self._stash_of[stack] = max(self._stash_of.get(stack, []), stashes, key=len)
 

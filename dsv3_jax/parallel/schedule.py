@@ -79,8 +79,11 @@ class Schedule:
         return (rank + 1, p) if p == 0 else (rank - 1, p)
 
 
-def build(kind: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
+def build(kind: str, *, num_ranks: int, num_microbatches: int, max_delayed: int | None = None) -> Schedule:
     """The schedule of `kind` ("gpipe", "1f1b", "zb1p", "dualpipe" or "dualpipev").
+
+    max_delayed: how many microbatches' weight gradients a rank may put off at one time, since the operands of each wait in memory; where
+    the schedule would put off more, the backward is run whole. None: as many as the schedule says.
 
     Raises ValueError, naming the nearest valid choice: an unknown kind, no rank, an odd number of ranks or of microbatches for dualpipe,
     or fewer microbatches than fill the pipeline (1f1b, zb1p: one per rank; dualpipe, dualpipev: two per rank).
@@ -110,7 +113,27 @@ def build(kind: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
         from_end = min(rank, num_ranks - 1 - rank)
         return _dualpipe(from_end, num_ranks // 2, num_microbatches // 2, down=int(rank >= num_ranks // 2))
 
-    return Schedule(kind, num_ranks, num_microbatches, tuple(tuple(rank_actions(rank)) for rank in range(num_ranks)))
+    actions = (rank_actions(rank) for rank in range(num_ranks))
+    if max_delayed is not None:
+        actions = (_with_few_delayed(of_rank, max_delayed) for of_rank in actions)
+    return Schedule(kind, num_ranks, num_microbatches, tuple(map(tuple, actions)))
+
+
+def _with_few_delayed(actions: list[Action], most: int) -> list[Action]:
+    """The same, whole backwards in the place of input gradients whose weight gradients would be one too many to wait."""
+    kept: list[Action] = []
+    waiting: set[tuple] = set()
+    for name, *chunk in actions:
+        if name == "I" and len(waiting) < most:
+            waiting.add(tuple(chunk))
+        elif name == "I":
+            name = "B"
+        elif name == "W" and tuple(chunk) not in waiting:
+            continue  # done by its backward
+        elif name == "W":
+            waiting.remove(tuple(chunk))
+        kept.append((name, *chunk))
+    return kept
 
 
 def _one_forward_one_backward(in_flight: int, count: int, delay: int | None) -> list[Action]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from dsv3_jax.parallel.schedule import Schedule, parts, simulate
 
-# What a rank does in a tick: the index into these names is the executor's branch. The digit is the chunk, static in each branch.
+# What a rank may do in a tick. The digit is the chunk, static in each branch of the executor.
 ONE_CHUNK = ("idle", "F0", "B0", "I0", "W0")
 TWO_CHUNKS = ("idle", "F0", "F1", "B0", "B1", "I0", "I1", "W0", "W1", "F0B1", "F1B0")
 
@@ -39,6 +39,7 @@ class Table:
     """
 
     schedule: Schedule
+    actions: tuple[str, ...]  # those that the schedule uses: each is a branch of the executor
     action: np.ndarray  # index into `actions`
     f_microbatch: np.ndarray  # index in the batch
     f_input: np.ndarray  # slot of forward[p]; -1 at the first stage, whose input is the batch
@@ -61,16 +62,13 @@ class Table:
     def num_ticks(self) -> int:
         return len(self.action)
 
-    @property
-    def actions(self) -> tuple[str, ...]:
-        return ONE_CHUNK if self.schedule.num_chunks == 1 else TWO_CHUNKS
-
 
 def make_table(schedule: Schedule) -> Table:
     """Every action in the earliest tick after the ticks of its inputs and of the rank's previous action."""
     lockstep = simulate(schedule, dict.fromkeys(("F", "B", "I", "W", "FB"), 1))
     chunks = schedule.num_chunks
-    names = ONE_CHUNK if chunks == 1 else TWO_CHUNKS
+    used = {_name(a) for actions in schedule.actions for a in actions} | {"idle"}
+    names = tuple(name for name in (ONE_CHUNK if chunks == 1 else TWO_CHUNKS) if name in used)
     shape = (lockstep.makespan, schedule.num_ranks)
 
     action = np.zeros(shape, np.int32)
@@ -84,7 +82,7 @@ def make_table(schedule: Schedule) -> Table:
     for rank, (actions, starts) in enumerate(zip(schedule.actions, lockstep.starts)):
         ticks.append({"F": {}, "B": {}, "W": {}})
         for a, tick in zip(actions, starts):
-            action[tick, rank] = names.index("".join(f"{name}{p}" for name, p, _ in parts(a)))
+            action[tick, rank] = names.index(_name(a))
             for name, p, c in parts(a):
                 ticks[rank]["B" if name == "I" else name][p, c] = tick
 
@@ -119,6 +117,7 @@ def make_table(schedule: Schedule) -> Table:
 
     return Table(
         schedule=schedule,
+        actions=names,
         action=action,
         sends=sends,
         keep_forward=keep["F"],
@@ -129,6 +128,10 @@ def make_table(schedule: Schedule) -> Table:
         backward_slots=tuple(slots["B"]),
         **column,
     )
+
+
+def _name(action: tuple) -> str:
+    return "".join(f"{name}{p}" for name, p, _ in parts(action))
 
 
 def colour(intervals: Iterable[tuple[int, int, object]]) -> tuple[dict, int]:

@@ -27,7 +27,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel import processes
+from dsv3_jax.parallel import processes, watch
 from dsv3_jax.parallel.sharding import param_shardings
 from dsv3_jax.precision import fp8_axes, from_fp8, has_fp8
 from dsv3_jax.precision.recipe import check_devices, recipe
@@ -76,6 +76,8 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        process, count = jax.process_index(), jax.process_count()
+        self.watch = watch.Watch(directory / "where", process, count, config.max_wait, watch.place(self.mesh, process))
         self.decoder = Decoder(config.model, numerics, remat=config.remat)
         self.trainer = Trainer(self.decoder, config, self.mesh)
         _use_compilation_cache()
@@ -102,7 +104,8 @@ class Run:
 
     def _save(self, writer: checkpoint.Writer) -> None:
         position = {"step": self.step, "row": self.row, "rows": self.prepared.directory.name}
-        writer.save(self.step, _items(self.state) | {"data": position})
+        with self.watch.waiting(f"saving step {self.step}"):
+            writer.save(self.step, _items(self.state) | {"data": position})
 
     # Steps.
 
@@ -133,7 +136,8 @@ class Run:
         if self._told_to_stop():
             return  # before the first step: later ones end the loop, saved
         for step, batch in zip(steps, batches):
-            self.state, metrics = self.trainer.step(self.state, self._place(batch), step.scheduled)
+            with self.watch.waiting(f"step {step.number + 1}"):
+                self.state, metrics = self.trainer.step(self.state, self._place(batch), step.scheduled)
             if pending:
                 self._report(*pending, clock, log, progress)
             pending = step, metrics
@@ -153,7 +157,8 @@ class Run:
 
     def _told_to_stop(self) -> bool:
         """Whether this or any other process was: all stop at the same step."""
-        told = processes.any_of(bool(self.stop))
+        with self.watch.waiting(f"the meeting after step {self.step}"):
+            told = processes.any_of(bool(self.stop))
         if told and not self.stop:
             self.stop.append(signal.SIGTERM)
         return told
@@ -162,7 +167,8 @@ class Run:
         return {name: jax.make_array_from_process_local_data(self.trainer.batch_sharding, rows) for name, rows in batch.items()}
 
     def _report(self, step: schedules.Step, metrics: dict, clock: "_Clock", log: MetricsLog, progress: Progress) -> None:
-        metrics = jax.device_get(metrics)
+        with self.watch.waiting(f"step {step.number + 1}"):
+            metrics = jax.device_get(metrics)
         load_LE, overflow = metrics.pop("load"), metrics.pop("overflow", {})
         overflow = {
             jax.tree_util.keystr(path, simple=True, separator="/"): counts.tolist()
@@ -197,8 +203,9 @@ class Run:
         nats = count = 0.0
         for i, batch in enumerate(heldout_batches(self.prepared.directory, self._eval_batch, **parts)):
             if i % every == 0:
-                loss, num_tokens = self.trainer.next_token_loss(self.state.params, self._place(batch))
-                nats, count = nats + float(loss), count + float(num_tokens)
+                with self.watch.waiting(f"the evaluation after step {self.step}"):
+                    loss, num_tokens = self.trainer.next_token_loss(self.state.params, self._place(batch))
+                    nats, count = nats + float(loss), count + float(num_tokens)
         return nats, count
 
     @property

@@ -24,7 +24,8 @@ def schedule(config: TrainConfig, sizes: Mapping[str, int], num_rows: int) -> Sc
     devices = sizes["data"] * num_expert_parts(sizes)
     microbatch = config.microbatch_size or devices
     try:
-        made = build(config.pipeline_schedule, num_ranks=sizes["pipe"], num_microbatches=num_rows // microbatch)
+        count, most = num_rows // microbatch, config.pipeline_max_delayed
+        made = build(config.pipeline_schedule, num_ranks=sizes["pipe"], num_microbatches=count, max_delayed=most)
     except ValueError as error:
         raise UserError(f"{error} (a step of {num_rows} sequences in microbatches of {microbatch})") from None
     placement.place(config.model, made)

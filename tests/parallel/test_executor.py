@@ -76,8 +76,20 @@ def test_every_schedule_is_one_device(cases):
 
 
 @pytest.mark.slow
+def test_few_delayed_weight_gradients():
+    check(compare("float64", "dualpipev@0:pipe=2,expert=2", "dualpipev@1:pipe=4", "zb1p@1:pipe=4,data=2", "dualpipe@0:pipe=4"), 1e-9)
+
+
+@pytest.mark.slow
 def test_float32():
     check(compare("float32", *(f"{kind}:pipe=2,expert=2" for kind in KINDS)), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8_reference"])
+def test_low_precision_is_the_same_on_any_number_of_ranks(precision):
+    """Only float32 sums over microbatches are taken in another order."""
+    check(compare(precision, "1f1b:pipe=2", "1f1b:pipe=2,expert=2", "dualpipev:pipe=2,expert=2", "dualpipev@0:pipe=2"), 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

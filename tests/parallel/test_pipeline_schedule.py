@@ -131,9 +131,11 @@ class Ring:
 
 
 @pytest.mark.parametrize("kind, ranks, microbatches", SCHEDULES)
-def test_table_moves_every_value_to_where_it_is_needed(kind, ranks, microbatches):
+@pytest.mark.parametrize("max_delayed", [None, 2, 0])
+def test_table_moves_every_value_to_where_it_is_needed(kind, ranks, microbatches, max_delayed):
     """Executes the table with names in place of arrays: (direction, microbatch, stage) is a stage's output, or its input's cotangent."""
-    schedule = build(kind, num_ranks=ranks, num_microbatches=microbatches)
+    schedule = build(kind, num_ranks=ranks, num_microbatches=microbatches, max_delayed=max_delayed)
+    validate(schedule)
     table = make_table(schedule)
     chunks, last = schedule.num_chunks, schedule.num_stages - 1
     residuals = [Ring(table.residual_slots) for _ in range(ranks)]
@@ -226,6 +228,23 @@ def test_table_sizes(kind, ranks, microbatches, ticks, residual, stash, bubble):
     if bubble is not None:  # a tick lasts as long as the longest of its actions
         cost = np.array([0 if name == "idle" else 3 if len(name) == 4 else 2 if name[0] == "B" else 1 for name in table.actions])
         assert cost[table.action].max(1).sum() - simulate(schedule, UNIT).busy[0] == bubble
+
+
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_few_delayed_weight_gradients_take_few_slots(most):
+    """And hardly any time: an input gradient that computes its forward again takes two units."""
+    costs = {"I": 2, "F": 1, "B": 3, "W": 1}
+
+    def lockstep(max_delayed):
+        table = make_table(build("dualpipev", num_ranks=16, num_microbatches=120, max_delayed=max_delayed))
+        assert table.stash_slots == (16 if max_delayed is None else max_delayed)
+        assert ("W0" in table.actions) == (max_delayed != 0)
+        cost = np.array([0 if name == "idle" else sum(costs[letter] for letter in name[::2]) for name in table.actions])
+        return cost[table.action].max(1).sum()
+
+    assert lockstep(most) < 1.03 * lockstep(None)
+    if most == 0:
+        assert lockstep(most) <= lockstep(None)
 
 
 def test_draw_writes_a_picture(tmp_path):
