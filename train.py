@@ -33,6 +33,7 @@ class Command(TrainConfig):
     """What a recipe says, and what only the command line does."""
 
     dry_run: bool = False  # print parameters, bytes a device and tokens a step, and stop
+    aot: bool = False  # with --dry-run: compile the step too, for the mesh's number of Hopper GPUs, which need not exist
     fake_devices: int | None = None  # rehearse so many devices on a CPU (in each process)
     coordinator: str | None = None  # HOST:PORT of the first of several processes; SLURM, OpenMPI and Kubernetes say all this themselves
     num_processes: int | None = None
@@ -69,9 +70,12 @@ def train(argv: list[str]) -> int:
     if command.dry_run:
         import jax
 
-        from dsv3_jax.training import dry_run
+        from dsv3_jax.training import aot, dry_run
 
-        print(dry_run.report(config, jax.device_count()))
+        if command.aot:
+            print(aot.report(config))
+        else:
+            print(dry_run.report(config, jax.device_count()))
         return 0
 
     import jax

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -30,13 +31,19 @@ def available() -> bool:
 
 
 @functools.cache
-def h200(num_devices: int = 1) -> Mesh:
-    """A mesh of H200s that need not exist, with one axis "x"."""
+def hopper(num_devices: int = 1) -> tuple:
+    """So many H200s that need not exist, in hosts of up to eight."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the check looks for a driver
+    local = math.gcd(num_devices, 8)
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", target_config=TARGET.read_text(), topology=f"1x1x{num_devices}"
+        platform="cuda", topology_name="h200", target_config=TARGET.read_text(), topology=f"1x{num_devices // local}x{local}"
     )
-    return Mesh(np.array(topology.devices), ("x",))
+    return tuple(topology.devices)
+
+
+def h200(num_devices: int = 1) -> Mesh:
+    """A mesh of such GPUs with one axis "x"."""
+    return Mesh(np.array(hopper(num_devices)), ("x",))
 
 
 def on_h200(tree):

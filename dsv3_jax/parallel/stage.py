@@ -69,9 +69,13 @@ class Program:
     def taps(self, weights: Weights, x_BSD: jax.Array, where: Positions) -> dict:
         """Zeros for every large weight."""
         jax.eval_shape(self.run, *weights, {}, x_BSD, where)  # tells the number of routed rows
+        return self.zero_taps(x_BSD.shape[0] * x_BSD.shape[1])
+
+    def zero_taps(self, num_tokens: int) -> dict:
+        """The same once `routed_rows`, the rows of the experts on this device, are known."""
 
         def tap(path, shape):
-            rows = self.routed_rows if "experts" in path else x_BSD.shape[0] * x_BSD.shape[1]
+            rows = self.routed_rows if "experts" in path else num_tokens
             return Tap.zeros(rows, shape.shape, self.decoder.recipe, grouped="experts" in path)
 
         return _rename(self.shapes, "_tap", tap)

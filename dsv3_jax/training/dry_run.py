@@ -1,5 +1,6 @@
 """What a run would be, by shapes alone: nothing is allocated, so it tells about 671B parameters on a laptop."""
 
+import functools
 import math
 
 import jax
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import buffers, placement, sharding
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel import sharding
-from dsv3_jax.training import router_bias, schedules
+from dsv3_jax.parallel.buffers import START
+from dsv3_jax.parallel.schedule_table import make_table
+from dsv3_jax.parallel.stage import Program, Weights
+from dsv3_jax.precision import recipe
+from dsv3_jax.training import pipeline, router_bias, schedules
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -22,24 +27,24 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return {"main": size(shapes) - mtp, "mtp": mtp, "activated": size(shapes) - mtp - idle}
 
 
-def bytes_a_device(config: TrainConfig, sizes: dict[str, int]) -> dict[str, int]:
+def bytes_a_device(config: TrainConfig, sizes: dict[str, int], size: float = START) -> dict[str, int]:
     """Bytes of each kind of array that one device of a mesh of those sizes holds in a step; activations are not counted.
 
     Masters and moments lie in shards (ZeRO-1, parallel/sharding.py); a step works on whole weights of its own layers and experts.
+    size: of the exchange's buffers.
     """
-    decoder = Decoder(config.model)
+    decoder = Decoder(config.model, recipe("bf16" if config.precision == "auto" else config.precision))
     axes, shapes = decoder.logical_axes(), decoder.abstract_params()
 
     def elements(part, spec_of):
         def one(names, leaf):
-            spec = spec_of(names, leaf.shape)
-            over = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+            over = [axis for entry in spec_of(names, leaf.shape) if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
             return math.prod(leaf.shape) // math.prod(sizes[axis] for axis in over)
 
         return sum(jax.tree.leaves(jax.tree.map(one, part(axes), part(shapes), is_leaf=sharding.is_names)))
 
-    def working(names, shape):  # a rank's layers are about its share of them
-        return [*sharding.weight_spec(names, sizes), "pipe"] if "layers" in names else sharding.weight_spec(names, sizes)
+    def working(names, shape):
+        return sharding.weight_spec(names, sizes)
 
     def kept(names, shape):
         return sharding.state_spec(names, shape, sizes)
@@ -50,10 +55,57 @@ def bytes_a_device(config: TrainConfig, sizes: dict[str, int]) -> dict[str, int]
     kinds[f"moments, two of {o.moment_dtype}"] = 2 * jnp.dtype(o.moment_dtype).itemsize * elements(trained, kept)
     if o.ema_decay is not None:
         kinds["moving average, float32"] = 4 * elements(everything, kept)
+    if sizes["pipe"] > 1:
+        return kinds | _of_pipeline(config, sizes, decoder, size)
     if math.prod(sizes.values()) > 1:
         kinds["weights of a step, float32"] = 4 * elements(everything, working)
     kinds["gradients, float32"] = 4 * elements(trained, working)
     return kinds
+
+
+def _of_pipeline(config: TrainConfig, sizes: dict[str, int], decoder: Decoder, size: float) -> dict[str, int]:
+    """What a rank of a pipeline holds in a step (parallel/executor.py): for each of its slots a layer, for each place in a ring a value."""
+    plan = pipeline.schedule(config, sizes, config.batch_size)
+    table, chunks = make_table(plan), placement.place(config.model, plan)
+    hops = [sizes[axis] for axis in sharding.expert_axes(sizes)]
+    held = config.model.n_routed_experts // math.prod(hops)
+    rows = (config.microbatch_size or 0) // (sizes["data"] * math.prod(hops)) or 1
+    tokens = rows * config.sequence_length
+    routed = buffers.rooms(config.model, hops, tokens, size)[1] if math.prod(hops) > 1 else tokens * config.model.num_experts_per_tok
+    shapes = decoder.abstract_params()
+
+    def of_layer(stack):
+        """Bytes of a layer's weights as products read them, and of what it leaves for its weight gradients; its elements."""
+
+        def one(path, leaf):
+            shape = (held, *leaf.shape[2:]) if any(key.key == "experts" for key in path) else leaf.shape[1:]
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+        layer = jax.tree.map_with_path(one, shapes[stack])
+        weights = Weights.of(layer)
+        program = Program(decoder, stack, weights.large)
+        program.routed_rows = routed
+        stash = jax.eval_shape(functools.partial(program.zero_taps, tokens))
+        return _bytes(jax.eval_shape(lambda w: w.for_products(decoder.recipe), weights)), _bytes(stash), _bytes(layer)
+
+    stacks = {slot.stack: of_layer(slot.stack) for slots in chunks for slot in slots}
+    weights, gradients = (sum(stacks[slot.stack][i] for slots in chunks for slot in slots) for i in (0, 2))
+    stash = sum(count * max([slot.stack for slot in slots].count(stack) for slots in chunks) for stack, (_, count, _) in stacks.items())
+    outside = {name: leaf for name, leaf in shapes.items() if name not in placement.STACKS}
+    experts = outside.get("mtp", {}).get("layer", {}).get("mlp", {}).get("experts", {})
+    shared = _bytes(outside) - _bytes(experts) + _bytes(experts) // math.prod(hops)
+    places = sum(table.forward_slots) + sum(table.backward_slots) + table.residual_slots + 3
+    value = tokens * config.model.hidden_size * jnp.dtype(decoder.recipe.compute_dtype).itemsize
+    return {
+        "weights of a step": weights + shared,
+        "gradients, float32": gradients + shared,
+        "stage inputs and gradients that wait": places * value,
+        "operands of weight gradients that wait": stash * (table.stash_slots + 1) if table.stash_slots else 0,
+    }
+
+
+def _bytes(tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def report(config: TrainConfig, num_devices: int) -> str:

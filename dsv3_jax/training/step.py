@@ -5,6 +5,7 @@ rank of `pipe` a pipeline computes the gradients (training/pipeline.py).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,12 +69,16 @@ class Trainer:
         """
         while True:
             size = self.buffers.size
-            if size not in self._steps:
-                one = functools.partial(self._step, self.spread.decoder(size))
-                self._steps[size] = jax.jit(one, donate_argnums=0, out_shardings=(self.shardings, None))
-            state, metrics = self._steps[size](state, batch, scheduled)
+            state, metrics = self.jitted(size)(state, batch, scheduled)
             if self._had_room(metrics["fill"]):
                 return state, metrics
+
+    def jitted(self, size: float) -> Callable:
+        """`step` as one program, with buffers of that size."""
+        if size not in self._steps:
+            one = functools.partial(self._step, self.spread.decoder(size))
+            self._steps[size] = jax.jit(one, donate_argnums=0, out_shardings=(self.shardings, None))
+        return self._steps[size]
 
     def next_token_loss(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         """`loss.next_token_loss` of a batch: (nats, how many tokens)."""

@@ -1,5 +1,6 @@
 """What a dry run tells: released sizes, and the bytes that arrays on a mesh really have."""
 
+import dataclasses
 import math
 
 import jax
@@ -46,3 +47,16 @@ def test_bytes_are_those_of_the_shards(micro_model, micro_config):
     moments = held((state.adam.mu, state.adam.nu), (trainer.shardings.adam.mu, trainer.shardings.adam.nu))
     assert kinds["moments, two of bfloat16"] == moments
     assert kinds["masters, float32"] < kinds["weights of a step, float32"] < 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_671b_recipe_leaves_room_for_activations():
+    """On 2,048 GPUs; with the weight gradients put off as dualpipev has it, it would not."""
+    config = dataclasses.replace(deepseek_v3.recipe(), mesh="data=2,pipe=16,expert=64")
+    kinds = dry_run.bytes_a_device(config, meshes.parse(config.mesh))
+    # A rank has slots for four MoE layers, 409M parameters on a device each, and two dense ones, embedding, head and the MTP module.
+    layers, outside = 4 * 409e6 + 2 * 583e6, 2 * 129280 * 7168 + 512e6
+    assert kinds["gradients, float32"] == pytest.approx(4 * (layers + outside), rel=0.01)
+    assert kinds["weights of a step"] == pytest.approx(2 * layers + 4 * outside, rel=0.01)
+    assert sum(kinds.values()) < 45e9 and kinds["operands of weight gradients that wait"] == 0
+    delayed = dry_run.bytes_a_device(dataclasses.replace(config, pipeline_max_delayed=None), meshes.parse(config.mesh))
+    assert delayed["operands of weight gradients that wait"] > 80e9

@@ -1,0 +1,371 @@
+"""Speed of training over several Hopper GPUs of one host, and how much of their communication computation hides.
+
+    python -m dsv3_jax.parallel.bench exchange                     # V3's dispatch and combine over all GPUs: useful bytes a second
+    python -m dsv3_jax.parallel.bench step --mesh expert=2         # a recipe's step: tokens/s, losses, exposed communication
+    python -m dsv3_jax.parallel.bench overlap --num-sms 112        # V3's layers, forward and backward fused: communication that is hidden
+
+`exchange` quantises, permutes, sends, sorts by expert and brings the rows back; only rows that a token needs count, padding does not.
+`step` trains on the standard library's sources; losses of different meshes are comparable. `overlap` runs the pipeline's executor on one
+rank, whose steady state is fused forwards and backwards. Communication is what NCCL's kernels take; it is exposed while no other kernel
+runs on the device. With NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import re
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.config import ModelConfig, TrainConfig
+from dsv3_jax.model import Decoder
+from dsv3_jax.model.moe import RouterStats, Routing
+from dsv3_jax.parallel import buffers, exchange
+from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.parallel.schedule import KINDS, build
+from dsv3_jax.parallel.schedule_table import make_table
+from dsv3_jax.precision import FP8_WEIGHTS, quantise
+from dsv3_jax.precision import recipe as named_recipe
+
+# Profiles.
+
+
+class Busy(NamedTuple):
+    """Milliseconds: of communication, of that what is exposed, and in which anything runs at all; the mean over devices."""
+
+    communication: float
+    exposed: float
+    all: float
+
+
+def profile(run: Callable[[], object], group_of: Callable[[str], str] = lambda op: "") -> dict[str, Busy]:
+    """What one call of `run` keeps its devices busy with, by the group of the operation (its name in the compiled program)."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(run())
+        (file,) = Path(directory).glob("**/*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        devices = [_kernels(plane, group_of) for plane in planes if plane.name.startswith("/device:GPU")]
+    devices = [kernels for kernels in devices if kernels]
+    found = {}
+    for group in sorted({group for kernels in devices for _, _, group, _ in kernels}):
+        rows = []
+        for kernels in devices:
+            computing = _union([(start, end) for start, end, _, sends in kernels if not sends])
+            sending = _union([(start, end) for start, end, g, sends in kernels if sends and g == group])
+            running = _union([(start, end) for start, end, g, _ in kernels if g == group])
+            rows.append([_length(sending), _length(sending) - _overlap(sending, computing), _length(running)])
+        found[group] = Busy(*np.mean(rows, axis=0) / 1e6)
+    return found
+
+
+def _kernels(plane, group_of) -> list[tuple[float, float, str, bool]]:
+    """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams."""
+    found = []
+    for line in plane.lines:
+        if line.name.startswith("Stream"):
+            for event in line.events:
+                op = dict(event.stats).get("hlo_op", "")
+                found.append((event.start_ns, event.start_ns + event.duration_ns, group_of(op), "nccl" in event.name.lower()))
+    return found
+
+
+def _union(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _length(intervals) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def _overlap(a, b) -> float:
+    """Time in which both of two unions run."""
+    return _length(a) + _length(b) - _length(_union([*a, *b]))
+
+
+def seconds(function: Callable, *arguments, calls: int) -> float:
+    """A call's time, of `calls` back to back."""
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+
+# Each benchmark is a function of its options that compiles and returns the function that measures and prints.
+
+
+def exchange_(options) -> Callable[[], None]:
+    """Dispatch and combine."""
+    mesh = meshes.make(options.mesh or f"expert={len(jax.devices())}")
+    cases = [(tokens, skew) for tokens in options.tokens for skew in options.skew]
+    compiled = [_Exchange(mesh, options.precision, *case) for case in cases]
+
+    def measure():
+        print("| precision | tokens a GPU | skew | fullest device, of the mean | padding | us | useful GB/s a GPU | of it over the link |")
+        for case in compiled:
+            case.report()
+
+    return measure
+
+
+class _Exchange:
+    """V3's exchange of so many tokens a GPU; skew: standard deviation of the logarithm of the experts' popularity."""
+
+    LOOP = 10
+
+    def __init__(self, mesh, precision: str, tokens: int, skew: float):
+        self.precision, self.tokens, self.skew = precision, tokens, skew
+        config, numerics, devices = ModelConfig(), named_recipe(precision), meshes.num_expert_parts(mesh.shape)
+        spec = PartitionSpec(exchange.expert_axes(mesh.shape))
+        rng = np.random.default_rng(0)
+        experts_TK = _choices(rng, config, devices * tokens, skew)
+        held = config.n_routed_experts // devices
+        # Rows that a token needs, by device that sends and device that gets them.
+        goes = (experts_TK[..., None] // held == np.arange(devices)).any(axis=1).reshape(devices, tokens, devices).sum(axis=1)
+        arriving = np.bincount((experts_TK // held).reshape(-1), minlength=devices)
+        self.imbalance = arriving.max() / arriving.mean()
+        row = config.hidden_size * (1 + 4 / 128 + 2 if numerics.fp8 else 4)
+        self.useful, self.crossing = (goes.sum() / devices * row, (goes.sum() - np.trace(goes)) / devices * row)
+        (room,), sorted_room = buffers.rooms(config, [devices], tokens, 1.0)
+        needed = max(goes.max() / room, arriving.max() / sorted_room)
+        size = next(size for size in buffers.SIZES if size >= needed * buffers.HEADROOM)
+        (room,), _ = buffers.rooms(config, [devices], tokens, size)
+        self.padding = room * devices / (goes.sum() / devices)
+        run = exchange.over_mesh(config, mesh.shape, size)
+        load = jnp.zeros(config.n_routed_experts)
+
+        def here(x_TD, experts_TK, weights_TK):
+            def once(_, carry):
+                x, _ = lax.optimization_barrier((x_TD, carry))  # once after the other
+                return run(x, Routing(experts_TK, weights_TK, RouterStats(load, load[0], load[0])), _PassOn(numerics))
+
+            return lax.fori_loop(0, self.LOOP, once, (jnp.zeros_like(x_TD), jnp.zeros(())))
+
+        mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec, PartitionSpec()), check_vma=False)
+        place = NamedSharding(mesh, spec)
+        x_TD = rng.standard_normal((len(experts_TK), config.hidden_size), np.float32).astype(numerics.compute_dtype)
+        operands = x_TD, experts_TK, np.full(experts_TK.shape, 1 / 8, np.float32)
+        self.arguments = lambda: jax.device_put(operands, place)
+        self.run = jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in operands)).compile()
+
+    def report(self):
+        arguments = self.arguments()
+        took = seconds(self.run, *arguments, calls=3) / self.LOOP
+        busy = profile(lambda: self.run(*arguments))
+        fill = float(self.run(*arguments)[1])
+        assert fill <= 1, f"the buffers were too small: {fill}"
+        sends = f"; NCCL {sum(b.communication for b in busy.values()) * 1e3 / self.LOOP:.0f} us"
+        print(
+            f"| {self.precision} | {self.tokens} | {self.skew} | {self.imbalance:.2f} | {self.padding:.2f} | {took * 1e6:.0f}{sends} | "
+            f"{self.useful / took / 1e9:.0f} | {self.crossing / took / 1e9:.0f} |",
+            flush=True,
+        )
+
+
+class _PassOn:
+    """In the place of experts: rows go back as they came."""
+
+    def __init__(self, numerics):
+        self.numerics = numerics
+
+    def enter(self, x_TD):
+        return quantise(x_TD, self.numerics, FP8_WEIGHTS["gate_up_proj"].input) if self.numerics.fp8 else x_TD
+
+    def __call__(self, x_RD, group_sizes_E, weights_R):
+        return x_RD.quantised.values.astype(self.numerics.compute_dtype) if self.numerics.fp8 else x_RD
+
+
+def _choices(rng, config: ModelConfig, tokens: int, skew: float) -> np.ndarray:
+    """Experts int32 [T, K], group-limited, drawn without replacement by the experts' popularity."""
+    scores = rng.gumbel(size=(tokens, config.n_routed_experts)) + skew * rng.standard_normal(config.n_routed_experts)
+    grouped = scores.reshape(tokens, config.n_group, -1)
+    best = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+    out = best < np.sort(best, axis=-1)[:, -config.topk_group, None]
+    scores = np.where(out[..., None], -np.inf, grouped).reshape(scores.shape)
+    return np.argsort(-scores, axis=-1)[:, : config.num_experts_per_tok].astype(np.int32)
+
+
+def step(options) -> Callable[[], None]:
+    """The training step of a recipe."""
+    from dsv3_jax.training.schedules import Scheduled
+    from dsv3_jax.training.step import Trainer
+
+    config: TrainConfig = importlib.import_module(f"configs.{options.recipe}").recipe()
+    mesh = meshes.make(options.mesh or "data=1", jax.devices()[: options.devices])
+    parts = mesh.size // mesh.shape["pipe"]
+    config = dataclasses.replace(
+        config,
+        batch_size=options.rows,
+        batch_ramp_from=None,
+        microbatch_size=options.microbatch * parts,
+        precision=options.precision,
+        pipeline_schedule=options.schedule,
+        pipeline_max_delayed=options.max_delayed,
+    )
+    trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=config.remat), config, mesh)
+    trainer.buffers.size = options.size
+    like = lambda tree, places: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)  # noqa: E731
+    init = jax.jit(lambda key: trainer.init(trainer.spread.decoder(1.0).init(key)), out_shardings=trainer.shardings)
+    state = like(jax.eval_shape(init, jax.random.key(0)), trainer.shardings)
+    batches = _batches(config, options.steps + 2)
+    batch = like({"tokens": batches[0]}, {"tokens": trainer.batch_sharding})
+    scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
+    start = time.perf_counter()
+    compiled = trainer.jitted(options.size).lower(state, batch, scheduled).compile()
+    print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
+
+    def measure():
+        state, losses, fills = init(jax.random.key(0)), [], []
+        place = lambda i: {"tokens": jax.device_put(batches[i], trainer.batch_sharding)}  # noqa: E731
+        for i in range(options.steps):
+            if i == 2:
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+            state, metrics = compiled(state, place(i), scheduled)
+            losses.append(metrics["loss"])
+            fills.append(metrics["fill"])
+        jax.block_until_ready(state)
+        rate = (options.steps - 2) * config.batch_size * config.sequence_length / (time.perf_counter() - start)
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {max(map(float, fills)):.2f}", flush=True)
+        print("losses", " ".join(f"{float(loss):.4f}" for loss in losses), flush=True)
+        busy = profile(lambda: compiled(state, place(-1), scheduled))
+        for found in busy.values():
+            print(
+                f"one step: busy {found.all:.1f} ms, communication {found.communication:.1f} ms, exposed {found.exposed:.1f} ms", flush=True
+            )
+        if stats := jax.local_devices()[0].memory_stats():  # a CPU has none
+            print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB", flush=True)
+
+    return measure
+
+
+def _batches(config: TrainConfig, count: int) -> list[np.ndarray]:
+    """Rows of the standard library's sources, pairs of bytes as tokens."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8).astype(np.int32)
+    pairs = text[: text.size // 2 * 2].reshape(-1, 2)
+    tokens = (pairs[:, 0] * 128 + pairs[:, 1]) % config.model.vocab_size
+    shape = count, config.batch_size, config.sequence_length + 1
+    return list(np.resize(tokens, np.prod(shape)).reshape(shape))
+
+
+def overlap(options) -> Callable[[], None]:
+    """Layers of V3's widths over `expert`, run by the pipeline's executor on one rank."""
+    from dsv3_jax.training.pipeline import pipeline_value_and_grad
+
+    mesh = meshes.make(options.mesh or f"expert={len(jax.devices())}")
+    parts = mesh.size // mesh.shape["pipe"]
+    # Each GPU holds 8 experts of some 4,096 rows instead of 4 of 8,192, so that routing is not trivial over two of them.
+    config = ModelConfig(
+        num_hidden_layers=options.layers,
+        first_k_dense_replace=0,
+        num_nextn_predict_layers=0,
+        vocab_size=1024,
+        rope_scaling=None,
+        n_routed_experts=8 * parts,
+        n_group=1,
+        topk_group=1,
+        **({"hidden_size": options.width} if options.width else {}),
+    )
+    numerics = dataclasses.replace(named_recipe(options.precision), num_sms=options.num_sms)
+    schedule = build("dualpipev", num_ranks=1, num_microbatches=options.microbatches, max_delayed=options.max_delayed)
+    table = make_table(schedule)
+    decoder = Decoder(config, numerics, exchange=exchange.over_mesh(config, mesh.shape, options.size))
+
+    def gradients(params, tokens):
+        weights = {"mtp_loss_weight": 0.0, "balance_loss_weight": 1e-4}
+        return pipeline_value_and_grad(decoder, params, {"tokens": tokens}, schedule, mesh, **weights)
+
+    from dsv3_jax.parallel.spread import Spread
+
+    spread = Spread(decoder, mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(), spread.shardings)
+    rows = jax.ShapeDtypeStruct((options.microbatches * parts, options.length + 1), jnp.int32, sharding=spread.batch_sharding)
+    start = time.perf_counter()
+    compiled = jax.jit(gradients, out_shardings=(None, None, spread.shardings)).lower(shapes, rows).compile()
+    print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
+    scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
+    branch = re.compile(r"branch_(\d+)_fun")
+
+    def group_of(op: str) -> str:
+        found = branch.search(scopes.get(op, ""))
+        return table.actions[int(found[1])] if found else "outside"
+
+    def measure():
+        params = jax.jit(decoder.init, out_shardings=spread.shardings)(jax.random.key(0))
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, rows.shape, np.int32)
+        tokens = jax.device_put(tokens, spread.batch_sharding)
+        took = seconds(lambda: compiled(params, tokens)[0], calls=2)
+        fill = float(compiled(params, tokens)[1]["fill"])
+        print(f"{options.precision}, {options.num_sms or 'all'} SMs: {took * 1e3:.1f} ms; fill {fill:.2f}")
+        for name, busy in profile(lambda: compiled(params, tokens), group_of).items():
+            ticks = int((table.action == table.actions.index(name)).sum()) if name in table.actions else 1
+            hidden = f", {1 - busy.exposed / busy.communication:.0%} hidden" if busy.communication else ""
+            print(
+                f"{name}: {ticks} ticks, each {busy.all / ticks:.2f} ms; communication {busy.communication / ticks:.2f} ms, "
+                f"exposed {busy.exposed / ticks:.2f} ms{hidden}",
+                flush=True,
+            )
+
+    return measure
+
+
+def _summary(compiled) -> str:
+    analysis = compiled.memory_analysis()
+    return f"arguments {analysis.argument_size_in_bytes / 2**30:.1f} GiB, temporaries {analysis.temp_size_in_bytes / 2**30:.1f} GiB"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["exchange", "step", "overlap"])
+    parser.add_argument("--mesh", help="expert over all GPUs by default; step: one GPU")
+    parser.add_argument("--precision", default="fp8", choices=["float32", "bf16", "fp8", "fp8_reference"])
+    parser.add_argument("--size", type=float, default=2 ** (8 / 12), help="of the exchange's buffers (parallel/buffers.py)")
+    parser.add_argument("--max-delayed", type=int, default=0, help="weight gradients that a pipeline's rank puts off at one time")
+    group = parser.add_argument_group("exchange")
+    group.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    group.add_argument("--skew", type=float, nargs="+", default=[0.0, 1.0])
+    group = parser.add_argument_group("step")
+    group.add_argument("--recipe", default="small")
+    group.add_argument("--devices", type=int, help="of this machine; all by default")
+    group.add_argument("--rows", type=int, default=64, help="sequences a step")
+    group.add_argument("--microbatch", type=int, default=16, help="sequences a forward pass on each device")
+    group.add_argument("--schedule", default="dualpipev", choices=KINDS)
+    group.add_argument("--steps", type=int, default=10)
+    group.add_argument("--learning-rate", type=float, default=3e-4)
+    group = parser.add_argument_group("overlap")
+    group.add_argument("--num-sms", type=int, help="for products; all by default")
+    group.add_argument("--layers", type=int, default=4)
+    group.add_argument("--width", type=int, help="instead of V3's 7,168")
+    group.add_argument("--length", type=int, default=4096)
+    group.add_argument("--microbatches", type=int, default=5)
+    return parser
+
+
+def prepare(argv: list[str] | None = None) -> Callable[[], None]:
+    """Compile what the command line asks for; the function that is returned measures it."""
+    options = parser().parse_args(argv)
+    return {"exchange": exchange_, "step": step, "overlap": overlap}[options.what](options)
+
+
+if __name__ == "__main__":
+    prepare()()
