@@ -1,6 +1,6 @@
 """The training step compiled for Hopper GPUs that need not exist: that it compiles, how long that takes, what memory a device needs.
 
-    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --dry-run --aot
+    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --batch-ramp-from 4096 --dry-run --aot
 
 The program is the one that would run, kernels included, with two exceptions: cuDNN cannot be compiled without a GPU, so that attention is
 an empty kernel of the same operands, results and workspace; and without a GPU XLA chooses the algorithms of its own products blindly.
@@ -23,6 +23,7 @@ from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel.buffers import START
 from dsv3_jax.precision import recipe
 from dsv3_jax.training import dry_run
+from dsv3_jax.training.loop import check_mesh
 from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer
 from pallas_kernels import aot
@@ -37,6 +38,7 @@ def compile_step(config: TrainConfig, size: float = START) -> tuple[jax.stages.C
     sizes = meshes.parse(config.mesh)
     if -1 in sizes.values():
         raise UserError(f"--aot needs the size of every mesh axis, and {config.mesh!r} leaves one open")
+    check_mesh(config, sizes)
     mesh = meshes.make(config.mesh, aot.hopper(math.prod(sizes.values())))
     decoder = Decoder(config.model, recipe("bf16" if config.precision == "auto" else config.precision), remat=config.remat)
     trainer = Trainer(decoder, config, mesh)
@@ -47,7 +49,7 @@ def compile_step(config: TrainConfig, size: float = START) -> tuple[jax.stages.C
         start = time.perf_counter()
         lowered = trainer.jitted(size).lower(state, {"tokens": tokens}, Scheduled(1e-4, 0.3, 1e-3))
         traced = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile({"xla_gpu_autotune_level": 0})  # or each product's candidates would be compiled one by one
     return compiled, {"tracing": traced - start, "compiling": time.perf_counter() - traced}
 
 
