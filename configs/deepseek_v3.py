@@ -1,7 +1,7 @@
 """DeepSeek-V3 (671B), pre-trained as in its report.
 
     python train.py deepseek_v3 --dry-run                                            # parameters and memory, nothing allocated
-    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --batch-ramp-from 4096 --dry-run --aot  # compiled for 2,048 GPUs that need not exist
+    python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --batch-ramp-from 4096 --dry-run --aot   # compiled for 2,048 GPUs
     python train.py deepseek_v3 --mesh data=2,pipe=16,expert=64 --batch-ramp-from 4096 --data.corpus …      # 2,048 GPUs
 
 Expected (the report): 14.8T tokens in about 243 thousand steps. The report's first 3,072 sequences are 24 microbatches a pipeline on

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dsv3_jax.config import ModelConfig
@@ -93,11 +94,21 @@ class Hop(NamedTuple):
         # A row has no more copies than choices: the places that are none stand last.
         return Plan(taken_R, jnp.sort(place_TN, axis=1)[:, : min(choices, self.devices)]), fill
 
-    def out(self, plan: Plan, x: jax.Array) -> jax.Array:
-        return lax.all_to_all(_take(x, plan.taken_R), self.axes, 0, 0, tiled=True)
+    def out(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
+        return self._travel([_take(x, plan.taken_R) for x in rows])
 
-    def back(self, plan: Plan, y: jax.Array) -> jax.Array:
-        return _sum_of_copies(lax.all_to_all(y, self.axes, 0, 0, tiled=True), plan)
+    def back(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
+        return [_sum_of_copies(y, plan) for y in self._travel(rows)]
+
+    def _travel(self, rows) -> list[jax.Array]:
+        """One all-to-all for all of them, side by side as unsigned integers of the narrowest: two would be started one after the other."""
+        if len(rows) == 1:
+            return [lax.all_to_all(rows[0], self.axes, 0, 0, tiled=True)]
+        narrowest = min(x.dtype.itemsize for x in rows)
+        joined = [_as_integers(x, narrowest) for x in rows]
+        arrived = lax.all_to_all(jnp.concatenate(joined, axis=1), self.axes, 0, 0, tiled=True)
+        ends = np.cumsum([x.shape[1] for x in joined])[:-1]
+        return [_from_integers(part, x.dtype) for part, x in zip(jnp.split(arrived, ends, axis=1), rows)]
 
 
 class Gather(NamedTuple):
@@ -109,11 +120,11 @@ class Gather(NamedTuple):
     def plan(self, device_TK: jax.Array) -> tuple[None, jax.Array]:
         return None, jnp.zeros((), jnp.float32)
 
-    def out(self, plan: None, x: jax.Array) -> jax.Array:
-        return lax.all_gather(x, self.axes, tiled=True)
+    def out(self, plan: None, *rows: jax.Array) -> list[jax.Array]:
+        return [lax.all_gather(x, self.axes, tiled=True) for x in rows]
 
-    def back(self, plan: None, y: jax.Array) -> jax.Array:
-        return lax.psum_scatter(y.astype(jnp.float32), self.axes, tiled=True).astype(y.dtype)
+    def back(self, plan: None, *rows: jax.Array) -> list[jax.Array]:
+        return [lax.psum_scatter(y.astype(jnp.float32), self.axes, tiled=True).astype(y.dtype) for y in rows]
 
 
 class Sort(NamedTuple):
@@ -135,11 +146,11 @@ class Sort(NamedTuple):
         places = jnp.where((flat < self.num_experts) & (inverse < self.room), inverse, self.room)
         return Plan(taken_R, places.reshape(expert_TK.shape)), choice_R, jnp.diff(end_E, prepend=0), fill
 
-    def out(self, plan: Plan, x: jax.Array) -> jax.Array:
-        return _take(x, plan.taken_R)
+    def out(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
+        return [_take(x, plan.taken_R) for x in rows]
 
-    def back(self, plan: Plan, y: jax.Array) -> jax.Array:
-        return _sum_of_copies(y, plan)
+    def back(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
+        return [_sum_of_copies(y, plan) for y in rows]
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -151,19 +162,27 @@ def _sum_of_copies(y_RD: jax.Array, plan: Plan) -> jax.Array:
     return jnp.sum(_take(y_RD, plan.places_TM), axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
+def _as_integers(x_TN: jax.Array, itemsize: int) -> jax.Array:
+    """[T, N] as unsigned integers of so many bytes, [T, N']."""
+    return lax.bitcast_convert_type(x_TN, jnp.dtype(f"uint{8 * itemsize}")).reshape(x_TN.shape[0], -1)
+
+
+def _from_integers(x_TN: jax.Array, dtype) -> jax.Array:
+    """The inverse of `_as_integers`."""
+    ratio = jnp.dtype(dtype).itemsize // x_TN.dtype.itemsize
+    return lax.bitcast_convert_type(x_TN if ratio == 1 else x_TN.reshape(x_TN.shape[0], -1, ratio), dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _out(stage, plan, rows: Rows) -> Rows:
-    x_RD = stage.out(plan, rows.x_TD)
+    x_RD, small = stage.out(plan, rows.x_TD, rows.small)
     # The zeros are made here: sending them would cost as much as sending the rows.
-    gradient = None if rows.gradient is None else jnp.zeros(x_RD.shape, rows.gradient.dtype)
-    return Rows(x_RD, stage.out(plan, rows.small), gradient)
+    return Rows(x_RD, small, None if rows.gradient is None else jnp.zeros(x_RD.shape, rows.gradient.dtype))
 
 
 def _out_bwd(stage, plan, d: Rows):
-    small = stage.back(plan, d.small)
-    if d.gradient is None:
-        return None, Rows(stage.back(plan, d.x_TD), small, None)
-    return None, Rows(None, small, stage.back(plan, d.gradient))
+    gradient, small = stage.back(plan, d.x_TD if d.gradient is None else d.gradient, d.small)
+    return None, Rows(gradient, small, None) if d.gradient is None else Rows(None, small, gradient)
 
 
 _out.defvjp(lambda stage, plan, rows: (_out(stage, plan, rows), plan), _out_bwd)
@@ -171,10 +190,10 @@ _out.defvjp(lambda stage, plan, rows: (_out(stage, plan, rows), plan), _out_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _back(stage, plan, y_RD: jax.Array) -> jax.Array:
-    return stage.back(plan, y_RD)
+    return stage.back(plan, y_RD)[0]
 
 
-_back.defvjp(lambda stage, plan, y_RD: (stage.back(plan, y_RD), plan), lambda stage, plan, dy_TD: (None, stage.out(plan, dy_TD)))
+_back.defvjp(lambda stage, plan, y_RD: (_back(stage, plan, y_RD), plan), lambda stage, plan, dy_TD: (None, stage.out(plan, dy_TD)[0]))
 
 
 def through(
