@@ -223,17 +223,20 @@ def step(options) -> Callable[[], None]:
     trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=config.remat), config, mesh)
     trainer.buffers.size = options.size
     like = lambda tree, places: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)  # noqa: E731
-    init = jax.jit(lambda key: trainer.init(trainer.spread.decoder(1.0).init(key)), out_shardings=trainer.shardings)
-    state = like(jax.eval_shape(init, jax.random.key(0)), trainer.shardings)
+    # Drawn from NumPy's key, an argument, as the loop does it: the same parameters on any mesh.
+    key = np.asarray(jax.random.key_data(jax.random.key(0)))
+    made = lambda key: trainer.init(trainer.spread.decoder(1.0).init(jax.random.wrap_key_data(key)))  # noqa: E731
+    state = like(jax.eval_shape(made, key), trainer.shardings)
     batches = _batches(config, options.steps + 2)
     batch = like({"tokens": batches[0]}, {"tokens": trainer.batch_sharding})
     scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
     start = time.perf_counter()
+    init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
     compiled = trainer.jitted(options.size).lower(state, batch, scheduled).compile()
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
 
     def measure():
-        state, losses, fills = init(jax.random.key(0)), [], []
+        state, losses, fills = init(key), [], []
         place = lambda i: {"tokens": jax.device_put(batches[i], trainer.batch_sharding)}  # noqa: E731
         for i in range(options.steps):
             if i == 2:
