@@ -15,7 +15,9 @@ from pallas_kernels.quantize import (
     quantize_tiles,
     requantize_transposed,
     rmsnorm_quantize,
+    swiglu_backward,
     swiglu_quantize,
+    swiglu_quantize_both,
 )
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.wgrad import fp8_wgrad, grouped_fp8_wgrad
@@ -34,5 +36,7 @@ __all__ = [
     "quantize_tiles",
     "requantize_transposed",
     "rmsnorm_quantize",
+    "swiglu_backward",
     "swiglu_quantize",
+    "swiglu_quantize_both",
 ]

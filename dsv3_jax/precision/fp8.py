@@ -22,12 +22,14 @@ from pallas_kernels import (
     quantize_both,
     quantize_tiles,
     requantize_transposed,
+    swiglu_backward,
     swiglu_quantize,
+    swiglu_quantize_both,
 )
 
-# Scales of tiles have a floor, max(amax, 1e-4) / 448, made for activations. The gradient of a mean over many tokens lies below it (a
-# batch of 60 million would give zeros): gradients are multiplied by this before they are quantised, and their scales divided by it.
-GRADIENT_SHIFT = 2.0**40
+# The floor of the scales of gradients. That of activations, max(amax, 1e-4) / 448, lies above the gradient of a mean over many tokens (a
+# batch of 60 million would give zeros).
+GRADIENT_FLOOR = 1e-4 * 2.0**-40
 _CASTS = "casts_and_transposes"  # scope of operations, for profiles
 
 
@@ -110,42 +112,32 @@ def swiglu_product(spec: Product, gate_up: jax.Array, row_weights, w: FP8Weight,
 
     A row weight goes into the scales of its row. The backward pass starts from gate_up kept in FP8 (report §3.3.3).
     """
-    return _fprop(spec, _swiglu(spec, gate_up, row_weights), w, group_sizes_E)
+    with jax.named_scope(_CASTS):
+        hidden = swiglu_quantize(gate_up, implementation=spec.recipe.fp8)
+    return _fprop(spec, _weighted(hidden, row_weights), w, group_sizes_E)
 
 
 def _swiglu_product_fwd(spec, gate_up, row_weights, w, group_sizes_E, tap, overflow):
     with jax.named_scope(_CASTS):
-        kept = keep(quantize_tiles(gate_up, implementation=spec.recipe.fp8), "gate_up")
-    saved = kept, row_weights, w.transposed, group_sizes_E, given(tap), given(overflow)
-    return _fprop(spec, _swiglu(spec, gate_up, row_weights), w, group_sizes_E), saved
+        hidden, kept = swiglu_quantize_both(gate_up, implementation=spec.recipe.fp8)
+    saved = keep(kept, "gate_up"), row_weights, w.transposed, group_sizes_E, given(tap), given(overflow)
+    return _fprop(spec, _weighted(hidden, row_weights), w, group_sizes_E), saved
 
 
 def _swiglu_product_bwd(spec, saved, dy_TN):
     kept, row_weights, w_KN, group_sizes_E, tapped, counted = saved
     d_hidden, dy_NT, dy_bad = _dgrad(spec, w_KN, group_sizes_E, dy_TN)
-    d_hidden = d_hidden.astype(jnp.float32)
-    gate, up = jnp.split(kept.dequantize(), 2, axis=-1)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    hidden = silu * up
-    d_row_weights = None
-    if row_weights is not None:
-        d_row_weights = jnp.sum(d_hidden * hidden, axis=-1)
-        hidden, d_hidden = hidden * row_weights[:, None], d_hidden * row_weights[:, None]
-    d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_gate_up = jnp.concatenate([d_gate, d_hidden * silu], axis=-1).astype(spec.recipe.compute_dtype)
     with jax.named_scope(_CASTS):
-        hidden_q, hidden_FT = quantize_both(hidden.astype(spec.recipe.compute_dtype), group_sizes_E, implementation=spec.recipe.fp8)
+        options = {"implementation": spec.recipe.fp8}
+        d_gate_up, hidden_FT, d_row_weights = swiglu_backward(kept, d_hidden, row_weights, group_sizes_E, **options)
     dw, tap = _wgrad(spec, group_sizes_E, Tap(hidden_FT, dy_NT), tapped)
-    return d_gate_up, d_row_weights, dw, None, tap, jnp.stack([_bad_tiles(hidden_q), dy_bad]) if counted is not None else None
+    return d_gate_up, d_row_weights, dw, None, tap, jnp.stack([_bad_tiles(hidden_FT), dy_bad]) if counted is not None else None
 
 
 swiglu_product.defvjp(_swiglu_product_fwd, _swiglu_product_bwd)
 
 
-def _swiglu(spec, gate_up, row_weights):
-    with jax.named_scope(_CASTS):
-        hidden = swiglu_quantize(gate_up, implementation=spec.recipe.fp8)
+def _weighted(hidden, row_weights):
     if row_weights is None:
         return hidden
     return Quantized.tiles(hidden.values, hidden.scales() * row_weights[:, None])
@@ -164,8 +156,8 @@ def _dgrad(spec, w_KN, group_sizes_E, dy_TN):
     if room := padded_width(spec.parts, spec.width) // spec.parts - spec.width:
         dy_TN = jnp.pad(dy_TN.reshape(-1, spec.parts, spec.width), [(0, 0), (0, 0), (0, room)]).reshape(dy_TN.shape[0], -1)
     with jax.named_scope(_CASTS):
-        both = quantize_both(dy_TN * GRADIENT_SHIFT, group_sizes_E, pow2=spec.scales.gradient, implementation=spec.recipe.fp8)
-        dy, dy_NT = (Quantized.tiles(q.values, q.scales() / GRADIENT_SHIFT) for q in both)
+        options = {"pow2": spec.scales.gradient, "floor": GRADIENT_FLOOR, "implementation": spec.recipe.fp8}
+        dy, dy_NT = quantize_both(dy_TN, group_sizes_E, **options)
     return _multiply(spec, dy, w_KN, group_sizes_E, spec.recipe.compute_dtype), dy_NT, _bad_tiles(dy)
 
 

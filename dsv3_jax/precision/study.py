@@ -27,7 +27,7 @@ import numpy as np
 
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import BF16, FP8_WEIGHTS, Scales, Tap, attach
-from dsv3_jax.precision.fp8 import GRADIENT_SHIFT
+from dsv3_jax.precision.fp8 import GRADIENT_FLOOR
 from dsv3_jax.training.loss import loss_and_terms
 from pallas_kernels import quantize_blocks, quantize_tiles
 
@@ -101,11 +101,11 @@ def errors(operands: Operands) -> dict[str, dict[str, float]]:
 @functools.partial(jax.jit, static_argnums=3)
 def _quantised(x, w, dy, scales):
     """Of each scheme the operands as float32: x and w of y, dy of dx, dy and x of dw."""
-    tiles = lambda v, pow2=False: quantize_tiles(v, pow2=pow2).dequantize()  # noqa: E731
+    tiles = lambda v, pow2=False, **floor: quantize_tiles(v, pow2=pow2, **floor).dequantize()  # noqa: E731
     blocks = lambda v: quantize_blocks(v).dequantize()  # noqa: E731
     x_tiles = tiles(x, scales.input)
     x_tokens = tiles(x_tiles.T, scales.input).T  # dequantised, transposed, quantised again
-    dy_tiles, dy_tokens = (tiles(v * GRADIENT_SHIFT, scales.gradient) / GRADIENT_SHIFT for v in (dy, dy.T))
+    dy_tiles, dy_tokens = (tiles(v, scales.gradient, floor=GRADIENT_FLOOR) for v in (dy, dy.T))
     return {
         "recipe": (x_tiles, blocks(w), dy_tiles, dy_tokens.T, x_tokens),
         "per_tensor": (_per_tensor(x), _per_tensor(w), _per_tensor(dy), _per_tensor(dy), _per_tensor(x)),

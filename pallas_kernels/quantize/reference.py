@@ -1,8 +1,8 @@
 """Plain JAX of the quantise ops: the definition of every code and every scale.
 
-scale = max(amax, 1e-4) / 448 for activation tiles, amax / 448 for weight blocks (1 for a block of zeros), code = e4m3(x / scale), all in
-float32. With pow2, the scale is rounded up to a power of two. A NaN in a tile makes its scale NaN; an Inf makes the scale Inf and its
-own code NaN: neither touches another tile.
+scale = max(amax, floor) / 448 for tiles (floor 1e-4 if not given), amax / 448 for weight blocks (1 for a block of zeros), code = e4m3(x /
+scale), all in float32. With pow2, the scale is rounded up to a power of two. A NaN in a tile makes its scale NaN; an Inf makes the scale
+Inf and its own code NaN: neither touches another tile.
 """
 
 import jax
@@ -11,14 +11,14 @@ from jax import lax
 
 from pallas_kernels.quantized import BLOCK, E4M3, E4M3_MAX, Quantized, num_blocks, pad_to
 
-AMAX_FLOOR = 1e-4  # of activation tiles, as in the released inference code; weights have none
+AMAX_FLOOR = 1e-4  # of tiles, as in the released inference code; weights have none
 
 
-def quantize_tiles(x, *, pow2=False) -> Quantized:
+def quantize_tiles(x, *, pow2=False, floor=AMAX_FLOOR) -> Quantized:
     *lead, rows, k = x.shape
     padded = pad_to(x.astype(jnp.float32), (*lead, rows, num_blocks(k) * BLOCK))
     groups = padded.reshape(*lead, rows, num_blocks(k), BLOCK)
-    scales = tile_scales(jnp.max(jnp.abs(groups), axis=-1), pow2=pow2)
+    scales = tile_scales(jnp.max(jnp.abs(groups), axis=-1), pow2=pow2, floor=floor)
     values = exact_divide(groups, jnp.broadcast_to(scales[..., None], groups.shape)).astype(E4M3).reshape(padded.shape)[..., :k]
     return Quantized.tiles(values, scales)
 
@@ -29,8 +29,7 @@ def quantize_blocks(w, *, pow2=False) -> Quantized:
     padded = pad_to(w.astype(jnp.float32), (*lead, nb * BLOCK, kb * BLOCK))
     blocks = padded.reshape(*lead, nb, BLOCK, kb, BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
-    scales = exact_divide(amax, jnp.full_like(amax, E4M3_MAX))
-    scales = jnp.where(scales == 0, 1.0, round_up_to_power_of_two(scales) if pow2 else scales)
+    scales = block_scales(amax, pow2=pow2)
     values = (
         exact_divide(blocks, jnp.broadcast_to(scales[..., :, None, :, None], blocks.shape)).astype(E4M3).reshape(padded.shape)[..., :n, :k]
     )
@@ -42,14 +41,39 @@ def swiglu_quantize(gate_up, *, pow2=False) -> Quantized:
     return quantize_tiles(jax.nn.silu(gate) * up, pow2=pow2)
 
 
+def swiglu_quantize_both(gate_up, *, pow2=False) -> tuple[Quantized, Quantized]:
+    return swiglu_quantize(gate_up, pow2=pow2), quantize_tiles(gate_up)
+
+
+def swiglu_backward(gate_up, d_hidden, row_weights=None, group_sizes=None):
+    gate, up = jnp.split(gate_up.dequantize(), 2, axis=-1)
+    weights = None if row_weights is None else row_weights.astype(jnp.float32)[:, None]
+    hidden, d_gate, d_up, d_weights = swiglu_gradients(gate, up, d_hidden.astype(jnp.float32), weights)
+    d_gate_up = jnp.concatenate([d_gate, d_up], axis=-1).astype(d_hidden.dtype)
+    hidden = quantize_tiles(_grouped_transpose(hidden.astype(d_hidden.dtype), group_sizes))
+    return d_gate_up, hidden, None if weights is None else jnp.sum(d_weights, axis=-1)
+
+
+def swiglu_gradients(gate, up, d_hidden, weights=None):
+    """hidden = silu(gate) * up * weights, the gradients of gate and up, and the terms whose sum over a row is the gradient of its
+    weight."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    hidden, d_weights = silu * up, None
+    if weights is not None:
+        d_weights = d_hidden * hidden
+        hidden, d_hidden = hidden * weights, d_hidden * weights
+    return hidden, d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid)), d_hidden * silu, d_weights
+
+
 def rmsnorm_quantize(x, weight, *, eps=1e-6, pow2=False) -> Quantized:
     x = x.astype(jnp.float32)
     normed = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return quantize_tiles(normed * weight.astype(jnp.float32), pow2=pow2)
 
 
-def quantize_both(x, group_sizes=None, *, pow2=False) -> tuple[Quantized, Quantized]:
-    return quantize_tiles(x, pow2=pow2), quantize_tiles(_grouped_transpose(x, group_sizes), pow2=pow2)
+def quantize_both(x, group_sizes=None, *, pow2=False, floor=AMAX_FLOOR) -> tuple[Quantized, Quantized]:
+    return quantize_tiles(x, pow2=pow2, floor=floor), quantize_tiles(_grouped_transpose(x, group_sizes), pow2=pow2, floor=floor)
 
 
 def requantize_transposed(q, group_sizes=None, *, pow2=False) -> Quantized:
@@ -82,10 +106,16 @@ def _grouped_transpose(x, group_sizes):
     return jnp.where((offset < sizes[group])[:, None], rows, 0).T
 
 
-def tile_scales(amax, *, pow2, divide=None):
-    """Scales of activation tiles from their largest magnitudes, float32. `divide` must round once, as the one below does."""
-    scales = (divide or exact_divide)(jnp.maximum(amax, AMAX_FLOOR), jnp.full_like(amax, E4M3_MAX))
+def tile_scales(amax, *, pow2, floor, divide=None):
+    """Scales of tiles from their largest magnitudes, float32. `divide` must round once, as the one below does."""
+    scales = (divide or exact_divide)(jnp.maximum(amax, floor), jnp.full_like(amax, E4M3_MAX))
     return round_up_to_power_of_two(scales) if pow2 else scales
+
+
+def block_scales(amax, *, pow2, divide=None):
+    """Scales of weight blocks from their largest magnitudes, likewise."""
+    scales = (divide or exact_divide)(amax, jnp.full_like(amax, E4M3_MAX))
+    return jnp.where(scales == 0, 1.0, round_up_to_power_of_two(scales) if pow2 else scales)
 
 
 def exact_divide(x, y):

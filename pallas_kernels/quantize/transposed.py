@@ -1,7 +1,8 @@
-"""Transpose and quantise along the tokens on Hopper: `requantize_transposed`, and the second half of `quantize_both`.
+"""Quantise along the tokens on Hopper, in one pass: `requantize_transposed`, and `quantize_both`, which quantises along the rows as well.
 
-A CTA takes 128 tokens of 128 columns. SMEM can hand 16-bit elements to the registers transposed, 8-bit ones not, so codes pass through
-float16, which holds every e4m3 number exactly. Groups begin at any row: a table on the device says which rows a tile of tokens has.
+A CTA takes 128 tokens of 128 columns, loads them once, and writes both layouts of them. Groups begin at any row: a table on the device
+says which rows a tile of tokens has. What follows them in the tile is another group's; it is written by rows too, the same as by its own
+CTA.
 """
 
 import jax
@@ -11,100 +12,136 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm import swizzled
-from pallas_kernels.quantize.divide import exact_divide_on
-from pallas_kernels.quantize.reference import padded_starts, padded_tokens, tile_scales
+from pallas_kernels.quantize.reference import padded_starts, padded_tokens
+from pallas_kernels.quantize.registers import COLUMNS, load_transposed, quantize_registers, rows_layout
 from pallas_kernels.quantized import BLOCK, E4M3, Quantized, num_blocks, pad_to
 
-HALF = BLOCK // 2  # columns of a warpgroup, and tokens of a staged copy
-LAYOUT = plgpu.Layout.WGMMA  # [columns, tokens]
+HALF = BLOCK // 2  # rows, or columns, that are in registers at a time
+HALVES = pl.ds(0, HALF), pl.ds(HALF, HALF)
 
 
-def transpose_quantize(x, scales, group_sizes, *, pow2, interpret):
-    """x [T, K] of 16 bits, or e4m3 codes with their scales [K/128, T] -> tiles [K, T']."""
+def quantize_by_tokens(x, scales, group_sizes, *, pow2, floor, interpret):
+    """x [T, K], or e4m3 codes with their scales [K/128, T], -> (tiles [T, K] of x, None for codes; tiles [K, T'])."""
     tokens, k = x.shape
-    blocks = num_blocks(k)
+    blocks, both = num_blocks(k), scales is None
     x = pad_to(x, (tokens, blocks * BLOCK))
-    middle = jnp.float16 if x.dtype == E4M3 else x.dtype
-    table = _token_tiles(tokens, group_sizes)
-    # scales are read past the end of a group, and so past the end of the array
-    operands = [table, x] + ([] if scales is None else [pad_to(scales, (blocks, -(-tokens // 4) * 4 + BLOCK))])
+    table, room = token_tiles(tokens, group_sizes), rows_touched(tokens, group_sizes)
+    tiles = table.shape[0]
+    operands = [table, x] if both else [table, x, pad_to(scales, (blocks, room))]
+    layout = rows_layout(x.dtype)
 
-    def body(table, x, *refs):
-        *scales, values, out_scales, x_smem, middle_smem, values_smem, scales_smem, factors_smem, loaded, exchanged = refs
-        tile, block, warpgroup = lax.axis_index("tokens"), lax.axis_index("block"), lax.axis_index("wg")
+    def body(*refs):
+        table, x, *source_scales = refs[: len(operands)]
+        *by_rows, values, out_scales, smem = refs[len(operands) :]
+        tile, block = lax.axis_index("tokens"), lax.axis_index("block")
         first, count = table[tile, 0], table[tile, 1]
+        rows, columns = pl.ds(first, BLOCK), pl.ds(block * BLOCK, BLOCK)
+        for half in range(2):
+            plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(block * BLOCK + half * HALF, HALF)], smem["x"].at[half], smem["loaded"])
+        for ref in source_scales:
+            for half, start in zip(HALVES, (0, HALF)):
+                row = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=layout.reduce(1)) + start
+                smem["source_scales"].at[half][...] = jnp.where(row < count, load_rows(ref.at[block], first + start, layout), 0.0)
+        plgpu.barrier_wait(smem["loaded"])
 
-        @pl.when(warpgroup == 0)
+        if both:
+            for half, start in zip(HALVES, (0, HALF)):
+                parts = [plgpu.load(smem["x"].at[i, half], layout=layout).astype(jnp.float32) for i in range(2)]
+                parts, scale = quantize_registers(parts, layout, pow2=pow2, floor=floor, interpret=interpret)
+                for i, codes in enumerate(parts):
+                    smem["rows"].at[i, half][...] = codes.astype(E4M3)
+                by_rows[1].at[block, pl.ds(first + start, HALF)][...] = scale
+            plgpu.commit_smem()
+            for i in range(2):
+                plgpu.copy_smem_to_gmem(smem["rows"].at[i], by_rows[0].at[rows, pl.ds(block * BLOCK + i * HALF, HALF)])
+
+        @pl.when(count < BLOCK)
         def _():
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(first, BLOCK), pl.ds(block * BLOCK, BLOCK)], x_smem, loaded.at[0])
-            for ref in scales:  # by TMA, which takes any first row: a group may begin at an odd one
-                plgpu.copy_gmem_to_smem(ref.at[block, pl.ds(first, BLOCK)], factors_smem, loaded.at[0])
+            for i in range(2):
+                clear_rows(smem["x"].at[i], count, layout)
 
-        plgpu.barrier_wait(loaded.at[0])
-        middle_smem[warpgroup] = plgpu.load(x_smem.at[pl.ds(warpgroup * HALF, HALF)], layout=LAYOUT, optimized=False).astype(middle)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(exchanged.at[0])
-        plgpu.barrier_wait(exchanged.at[0])
-
-        halves = []
-        for half in range(2):
-            source = middle_smem.at[half, :, pl.ds(warpgroup * HALF, HALF)].transpose((1, 0))
-            part = plgpu.layout_cast(plgpu.load(source, layout=plgpu.Layout.WGMMA_TRANSPOSED), LAYOUT).astype(jnp.float32)
-            if scales:
-                factor = plgpu.load(factors_smem.at[pl.ds(half * HALF, HALF)], layout=LAYOUT.reduce(0), optimized=False)
+        for i, half in enumerate(HALVES):
+            part = load_transposed(smem["x"].at[i], interpret).astype(jnp.float32)
+            for _ in source_scales:
+                factor = plgpu.load(smem["source_scales"], layout=COLUMNS.reduce(0), optimized=False)
                 part *= lax.broadcast_in_dim(factor, part.shape, [1])
-            token = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=LAYOUT) + half * HALF
-            halves.append(jnp.where(token < count, part, 0.0))
-
-        amax = jnp.maximum(*(jnp.max(jnp.abs(part), axis=1) for part in halves))
-        scale = tile_scales(amax, pow2=pow2, divide=exact_divide_on(LAYOUT.reduce(1), interpret))
-        scales_smem[warpgroup] = scale
-        for half, part in enumerate(halves):
-            spread = lax.broadcast_in_dim(scale, part.shape, [0])
-            values_smem[warpgroup, half] = exact_divide_on(LAYOUT, interpret)(part, spread).astype(E4M3)
+            (codes,), scale = quantize_registers([part], COLUMNS, pow2=pow2, floor=floor, interpret=interpret)
+            smem["values"].at[half][...] = codes.astype(E4M3)
+            smem["scales"].at[half][...] = scale
         plgpu.commit_smem()
-        rows = pl.ds(block * BLOCK + warpgroup * HALF, HALF)
-        for half in range(2):
-            plgpu.copy_smem_to_gmem(values_smem.at[warpgroup, half], values.at[rows, pl.ds(tile * BLOCK + half * HALF, HALF)])
-        plgpu.copy_smem_to_gmem(scales_smem.at[warpgroup], out_scales.at[tile, rows])
+        plgpu.copy_smem_to_gmem(smem["values"], values.at[columns, pl.ds(tile * BLOCK, BLOCK)])
+        plgpu.copy_smem_to_gmem(smem["scales"], out_scales.at[tile, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    tiles = table.shape[0]
-    values, out_scales = plgpu.kernel(
+    out_type = [
+        jax.ShapeDtypeStruct((blocks * BLOCK, tiles * BLOCK), E4M3),
+        jax.ShapeDtypeStruct((tiles, blocks * BLOCK), jnp.float32),
+    ]
+    scratch = {
+        "x": plgpu.SMEM((2, BLOCK, HALF), x.dtype, transforms=any_row(x.dtype)),
+        "values": plgpu.SMEM((BLOCK, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
+        "scales": plgpu.SMEM((BLOCK,), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=2),
+    }
+    if both:
+        out_type = [jax.ShapeDtypeStruct(x.shape, E4M3), jax.ShapeDtypeStruct((blocks, room), jnp.float32), *out_type]
+        scratch["rows"] = plgpu.SMEM((2, BLOCK, HALF), E4M3, transforms=any_row(E4M3))
+    else:
+        scratch["source_scales"] = plgpu.SMEM((BLOCK,), jnp.float32)
+    *by_rows, values, out_scales = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((blocks * BLOCK, tiles * BLOCK), E4M3),
-            jax.ShapeDtypeStruct((tiles, blocks * BLOCK), jnp.float32),
-        ),
-        scratch_types=[
-            plgpu.SMEM((BLOCK, BLOCK), x.dtype),
-            plgpu.SMEM((2, HALF, BLOCK), middle, transforms=swizzled(HALF, middle)),
-            plgpu.SMEM((2, 2, HALF, HALF), E4M3, transforms=swizzled(HALF, E4M3)),
-            plgpu.SMEM((2, HALF), jnp.float32),
-            plgpu.SMEM((BLOCK,), jnp.float32),
-            plgpu.Barrier(num_arrivals=1 if scales is None else 2, num_barriers=1),
-            plgpu.Barrier(num_arrivals=2, num_barriers=1),
-        ],
+        out_type=tuple(out_type),
+        scratch_types=[scratch],
         grid=(tiles, blocks),
         grid_names=("tokens", "block"),
-        num_threads=2,
+        num_threads=1,
         thread_name="wg",
         interpret=interpret,
     )(*operands)
-    return Quantized(values[:k], out_scales[:, :k], "tiles")
+    transposed = Quantized(values[:k], out_scales[:, :k], "tiles")
+    return Quantized(by_rows[0][:, :k], by_rows[1][:, :tokens], "tiles") if both else None, transposed
 
 
-def _token_tiles(tokens, group_sizes):
-    """int32 [tiles, 2]: for every 128 tokens of the result, the row of x that they begin with, and how many of them there are."""
+def rows_touched(tokens, group_sizes):
+    """How long arrays of one value for each row must be: the last tile of a group may go beyond the last row."""
+    return num_blocks(tokens) * BLOCK if group_sizes is None else tokens + BLOCK
+
+
+def load_rows(ref, first, layout):
+    """Values [64] of a GMEM ref [T] from any row on, which TMA cannot load: its lines begin at multiples of 16 bytes."""
+    return plgpu.load(ref.at[pl.ds(first, HALF)], layout=layout.reduce(1), optimized=False)
+
+
+def clear_rows(ref, count, layout):
+    """Puts zeros into the rows of an SMEM ref [128, 64] that lie past the end of the group."""
+    for half, start in zip(HALVES, (0, HALF)):
+        row = plgpu.broadcasted_iota(jnp.int32, (HALF, HALF), 0, layout=layout) + start
+        kept = jnp.where(row < count, plgpu.load(ref.at[half], layout=layout).astype(jnp.float32), 0.0)
+        ref.at[half][...] = kept.astype(ref.dtype)
+
+
+def any_row(dtype):
+    """The SMEM layout of 64 columns that TMA can fill from any row on, and of which rows and columns are read without bank conflicts."""
+    dtype = jnp.dtype(dtype)
+    line = min(HALF, 128 // dtype.itemsize)
+    return plgpu.TilingTransform((1, line)), plgpu.SwizzleTransform(line * dtype.itemsize)
+
+
+def token_tiles(tokens, group_sizes):
+    """int32 [tiles, 2]: for every 128 tokens of the result, the row of x that they begin with, and how many of them there are.
+
+    Tiles past the groups have no tokens; they begin with the rows that no group has, so that those are quantised too.
+    """
     if group_sizes is None:
         first = jnp.arange(num_blocks(tokens), dtype=jnp.int32) * BLOCK
         return jnp.stack([first, jnp.minimum(tokens - first, BLOCK)], axis=1)
     sizes = group_sizes.astype(jnp.int32)
     groups = sizes.shape[0]
-    starts = padded_starts(sizes)
+    starts, ends = padded_starts(sizes), jnp.cumsum(sizes)
     position = jnp.arange(padded_tokens(tokens, groups) // BLOCK, dtype=jnp.int32) * BLOCK
     group = jnp.sum(position[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
     safe = jnp.minimum(group, groups - 1)
     offset = position - starts[safe]
+    first = jnp.where(group < groups, (ends - sizes)[safe] + offset, ends[-1] + position - starts[-1])
     count = jnp.where(group < groups, jnp.clip(sizes[safe] - offset, 0, BLOCK), 0)
-    return jnp.stack([jnp.where(count > 0, (jnp.cumsum(sizes) - sizes)[safe] + offset, 0), count], axis=1)
+    return jnp.stack([first, count], axis=1)

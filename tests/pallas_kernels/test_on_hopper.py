@@ -1,4 +1,4 @@
-"""On a Hopper GPU (-m gpu): the kernels against float32 products at DeepSeek-V3's shapes, and exact codes."""
+"""On a Hopper GPU (-m gpu): the kernels against float32 products at DeepSeek-V3's shapes."""
 
 import functools
 
@@ -60,17 +60,6 @@ def test_wgrad(accumulate):
     assert bench.relative_error(pk.grouped_fp8_wgrad(a, b, sizes, accumulate=start), want) < 3e-4
     start = None if start is None else start[0]
     assert bench.relative_error(pk.fp8_wgrad(a, b, accumulate=start), wgrad_reference.fp8_wgrad(a, b, start)) < 3e-4
-
-
-@pytest.mark.parametrize("pow2", [False, True])
-@pytest.mark.parametrize("op", ["quantize_tiles", "quantize_blocks", "requantize_transposed", "quantize_both"])
-def test_codes_are_those_of_the_cpu(op, pow2):
-    x = bench.normal(0, 1000, 1536)
-    cpu = jax.devices("cpu")[0]
-    operand = pk.quantize_tiles(x) if op == "requantize_transposed" else x
-    got = getattr(pk, op)(operand, pow2=pow2)
-    want = getattr(pk, op)(jax.device_put(operand, cpu), pow2=pow2)
-    jax.tree.map(lambda g, w: np.testing.assert_array_equal(np.asarray(g).view(np.uint8), np.asarray(w).view(np.uint8)), got, want)
 
 
 def test_a_nan_stays_in_its_row():

@@ -22,15 +22,32 @@ def interpreted(op):
     return functools.partial(getattr(hopper, op), interpret=plgpu.InterpretGPUParams())
 
 
+def on_gpu(op):
+    return functools.partial(getattr(pk, op), implementation="hopper")
+
+
+# Functions from the name of an op to the op: the reference, the kernel in the interpreter, the kernel on a GPU.
+EVERY = pytest.mark.parametrize(
+    "find",
+    [
+        pytest.param(functools.partial(getattr, pk), id="reference"),
+        pytest.param(interpreted, id="hopper"),
+        pytest.param(on_gpu, id="gpu", marks=pytest.mark.gpu),
+    ],
+)
+REFERENCE_AND_GPU = pytest.mark.parametrize("find", [*EVERY.args[1][::2]])
+
+
 def codes(q):
     return np.asarray(q.values).view(np.uint8)
 
 
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("case", ACTIVATIONS)
-def test_tiles_equal_the_vectors(case, pow2):
+@REFERENCE_AND_GPU
+def test_tiles_equal_the_vectors(find, case, pow2):
     want = f"act/{case}/{'pow2' if pow2 else 'f32s'}/"
-    q = pk.quantize_tiles(jnp.asarray(VECTORS[f"act/{case}/x"]), pow2=pow2)
+    q = find("quantize_tiles")(jnp.asarray(VECTORS[f"act/{case}/x"]), pow2=pow2)
     np.testing.assert_array_equal(q.scales(), VECTORS[want + "scale"])
     np.testing.assert_array_equal(codes(q), VECTORS[want + "q_u8"])
     if want + "dequant" in VECTORS:
@@ -39,9 +56,10 @@ def test_tiles_equal_the_vectors(case, pow2):
 
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_blocks_equal_the_vectors(case, pow2):
+@REFERENCE_AND_GPU
+def test_blocks_equal_the_vectors(find, case, pow2):
     want = f"weight/{case}/{'pow2' if pow2 else 'f32s'}/"
-    q = pk.quantize_blocks(jnp.asarray(VECTORS[f"weight/{case}/w"]), pow2=pow2)
+    q = find("quantize_blocks")(jnp.asarray(VECTORS[f"weight/{case}/w"]), pow2=pow2)
     np.testing.assert_array_equal(q.scales(), VECTORS[want + "scale_inv"])
     np.testing.assert_array_equal(codes(q), VECTORS[want + "q_u8"])
 
@@ -56,11 +74,26 @@ def numpy_tiles(x, pow2):
 
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("run", [pk.quantize_tiles, interpreted("quantize_tiles")], ids=["reference", "hopper"])
-def test_tiles_are_exact(run, dtype, pow2):
+@EVERY
+def test_tiles_are_exact(find, dtype, pow2):
     """bfloat16 inputs often lie half way between two codes, where a quotient that is one unit off takes the wrong one."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((72, 384)), dtype)
-    q, (values, scales) = run(x, pow2=pow2), numpy_tiles(x, pow2)
+    q, (values, scales) = find("quantize_tiles")(x, pow2=pow2), numpy_tiles(x, pow2)
+    np.testing.assert_array_equal(q.scales(), scales)
+    np.testing.assert_array_equal(codes(q), values.view(np.uint8))
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@EVERY
+def test_blocks_are_exact(find, dtype, pow2):
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((200, 300)), dtype)
+    q, blocks = find("quantize_blocks")(w, pow2=pow2), np.zeros((256, 384), np.float32)
+    blocks[:200, :300] = w
+    blocks = blocks.reshape(2, 128, 3, 128)
+    scales = np.abs(blocks).max((1, 3)) / np.float32(448)
+    scales = (2.0 ** np.ceil(np.log2(scales.astype(np.float64)))).astype(np.float32) if pow2 else scales
+    values = (blocks / scales[:, None, :, None]).astype(ml_dtypes.float8_e4m3fn).reshape(256, 384)[:200, :300]
     np.testing.assert_array_equal(q.scales(), scales)
     np.testing.assert_array_equal(codes(q), values.view(np.uint8))
 
@@ -73,24 +106,66 @@ def close(q, want):
     )
 
 
-@pytest.mark.parametrize("run", [pk.swiglu_quantize, interpreted("swiglu_quantize")], ids=["reference", "hopper"])
-def test_swiglu(run):
+@EVERY
+def test_swiglu(find):
     x = np.random.default_rng(0).standard_normal((72, 600))
     gate, up = np.split(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64), 2, axis=-1)
-    close(run(jnp.asarray(x, jnp.bfloat16)), gate / (1 + np.exp(-gate)) * up)
+    close(find("swiglu_quantize")(jnp.asarray(x, jnp.bfloat16)), gate / (1 + np.exp(-gate)) * up)
 
 
-@pytest.mark.parametrize("run", [pk.rmsnorm_quantize, interpreted("rmsnorm_quantize")], ids=["reference", "hopper"])
-def test_rmsnorm(run):
+@pytest.mark.parametrize("width", [512, 400])
+@EVERY
+def test_swiglu_and_its_input_at_once(find, width):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((72, width)), jnp.bfloat16)
+    hidden, kept = find("swiglu_quantize_both")(x, pow2=True)
+    np.testing.assert_array_equal(codes(hidden), codes(find("swiglu_quantize")(x, pow2=True)))
+    np.testing.assert_array_equal(codes(kept), codes(pk.quantize_tiles(x)))
+    np.testing.assert_array_equal(kept.scales(), pk.quantize_tiles(x).scales())
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("sizes", [None, [130, 0, 1, 69]])
+@EVERY
+def test_swiglu_backward(find, sizes, weighted):
+    """Against numpy in float64, by the derivative's definition; hidden by the codes of what it should be."""
+    rng = np.random.default_rng(0)
+    q = pk.quantize_tiles(jnp.asarray(rng.standard_normal((200, 256)) * 3, jnp.bfloat16))
+    dy = jnp.asarray(rng.standard_normal((200, 128)), jnp.bfloat16)
+    weights = jnp.asarray(rng.uniform(0.1, 1, 200), jnp.float32) if weighted else None
+    groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+    d_gate_up, hidden, d_weights = find("swiglu_backward")(q, dy, weights, groups)
+
+    gate, up = np.split(np.asarray(q.dequantize(), np.float64), 2, axis=-1)
+    d, w = np.asarray(dy, np.float64), np.asarray(weights, np.float64)[:, None] if weighted else 1.0
+    silu = lambda gate: gate / (1 + np.exp(-gate))  # noqa: E731
+    step = 1e-5
+    d_gate = d * w * up * (silu(gate + step) - silu(gate - step)) / (2 * step)
+    want = np.concatenate([d_gate, d * w * silu(gate)], axis=-1)
+    np.testing.assert_allclose(np.asarray(d_gate_up, np.float64), want, rtol=2**-7, atol=1e-5)
+    if weighted:
+        np.testing.assert_allclose(d_weights, np.sum(d * silu(gate) * up, axis=-1), rtol=1e-4, atol=1e-3)
+    else:
+        assert d_weights is None
+    laid_out = np.zeros((128, hidden.shape[1]))
+    start = row = 0
+    for size in sizes or [200]:
+        laid_out[:, start : start + size] = (w * silu(gate) * up)[row : row + size].T
+        start, row = start + -(-size // 128) * 128, row + size
+    got = np.asarray(hidden.dequantize(), np.float64)
+    assert np.all(np.abs(got - laid_out) <= np.abs(laid_out) * (2**-4 + 2**-7) + np.repeat(hidden.scales(), 128, axis=-1) * 2**-9)
+
+
+@EVERY
+def test_rmsnorm(find):
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((70, 384)), rng.standard_normal(384)
     want = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
-    close(run(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)), want)
+    close(find("rmsnorm_quantize")(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)), want)
 
 
 @pytest.mark.parametrize("sizes", [None, [130, 0, 1, 69]])
 @pytest.mark.parametrize("op", ["requantize_transposed", "quantize_both"])
-@pytest.mark.parametrize("find", [functools.partial(getattr, pk), interpreted], ids=["reference", "hopper"])
+@EVERY
 def test_transposed(find, op, sizes):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((200, 136)), jnp.bfloat16)
     groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
@@ -110,6 +185,24 @@ def test_transposed(find, op, sizes):
     values, scales = numpy_tiles(want.astype(np.float32), pow2=False)
     np.testing.assert_array_equal(q.scales(), scales)
     np.testing.assert_array_equal(codes(q), values.view(np.uint8))
+
+
+@EVERY
+def test_rows_of_no_group_are_quantised_by_rows(find):
+    x, sizes = jnp.asarray(np.random.default_rng(0).standard_normal((300, 128)), jnp.bfloat16), jnp.asarray([3, 0, 130], jnp.int32)
+    rows, by_tokens = jax.jit(find("quantize_both"))(x, sizes)  # outside of jit sizes must add up
+    np.testing.assert_array_equal(codes(rows), codes(pk.quantize_tiles(x)))
+    np.testing.assert_array_equal(rows.scales(), pk.quantize_tiles(x).scales())
+    assert not np.any(codes(by_tokens)[:, 3:128]) and not np.any(codes(by_tokens)[:, 128 + 130 :])
+
+
+@EVERY
+def test_floor_of_gradients(find):
+    """Scaled by a power of two, with a floor scaled alike, the codes are the same."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.bfloat16)
+    for got, want in zip(find("quantize_both")(x * 2.0**-40, floor=1e-4 * 2.0**-40), pk.quantize_both(x)):
+        np.testing.assert_array_equal(codes(got), codes(want))
+        np.testing.assert_array_equal(got.scales() * 2.0**40, want.scales())
 
 
 def test_leading_axes_and_vmap():
