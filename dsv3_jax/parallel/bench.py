@@ -232,7 +232,7 @@ def step(options) -> Callable[[], None]:
     scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
     start = time.perf_counter()
     init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
-    compiled = trainer.jitted(options.size).lower(state, batch, scheduled).compile()
+    compiled = _compile(trainer.jitted(options.size).lower(state, batch, scheduled), options)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
 
     def measure():
@@ -304,7 +304,7 @@ def overlap(options) -> Callable[[], None]:
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(), spread.shardings)
     rows = jax.ShapeDtypeStruct((options.microbatches * parts, options.length + 1), jnp.int32, sharding=spread.batch_sharding)
     start = time.perf_counter()
-    compiled = jax.jit(gradients, out_shardings=(None, None, spread.shardings)).lower(shapes, rows).compile()
+    compiled = _compile(jax.jit(gradients, out_shardings=(None, None, spread.shardings)).lower(shapes, rows), options)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
     scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
     branch = re.compile(r"branch_(\d+)_fun")
@@ -332,6 +332,12 @@ def overlap(options) -> Callable[[], None]:
     return measure
 
 
+def _compile(lowered: jax.stages.Lowered, options) -> jax.stages.Compiled:
+    if options.overlap:
+        return lowered.compile()
+    return lowered.compile({"xla_gpu_enable_latency_hiding_scheduler": False, "xla_gpu_enable_analytical_sol_latency_estimator": False})
+
+
 def _summary(compiled) -> str:
     analysis = compiled.memory_analysis()
     return f"arguments {analysis.argument_size_in_bytes / 2**30:.1f} GiB, temporaries {analysis.temp_size_in_bytes / 2**30:.1f} GiB"
@@ -343,6 +349,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", help="expert over all GPUs by default; step: one GPU")
     parser.add_argument("--precision", default="fp8", choices=["float32", "bf16", "fp8", "fp8_reference"])
     parser.add_argument("--size", type=float, default=2 ** (8 / 12), help="of the exchange's buffers (parallel/buffers.py)")
+    parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="communication beside nothing, for step and overlap")
     parser.add_argument("--max-delayed", type=int, default=0, help="weight gradients that a pipeline's rank puts off at one time")
     group = parser.add_argument_group("exchange")
     group.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
