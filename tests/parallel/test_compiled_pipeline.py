@@ -19,19 +19,19 @@ from pallas_kernels import aot
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")]
 
-ROWS, LENGTH, WIDTH = 1, 1024, 512
+ROWS, LENGTH, WIDTH = 1, 4096, 2048
 MODEL = ModelConfig(
     vocab_size=512,
     hidden_size=WIDTH,
     num_hidden_layers=5,
-    intermediate_size=768,
-    num_attention_heads=4,
-    q_lora_rank=256,
-    kv_lora_rank=256,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    q_lora_rank=512,
+    kv_lora_rank=512,
     qk_nope_head_dim=128,
     v_head_dim=128,
     first_k_dense_replace=1,
-    moe_intermediate_size=384,
+    moe_intermediate_size=1024,
     n_routed_experts=8,
     num_experts_per_tok=2,
     n_group=1,
@@ -58,7 +58,8 @@ def computations():
         return pipeline_value_and_grad(decoder, params, {"tokens": tokens}, SCHEDULE, mesh, **weights)
 
     with attention_without_cudnn():
-        compiled = jax.jit(run).lower(jax.tree.map(place, params, shardings), tokens).compile()
+        lowered = jax.jit(run).lower(jax.tree.map(place, params, shardings), tokens)
+        compiled = lowered.compile({"xla_gpu_autotune_level": 0})
     text = compiled.as_text()
     assert "is_scheduled=true" in text
     found = {}
@@ -104,7 +105,7 @@ def test_products_run_while_tokens_travel(computations, action):
         elif found := re.search(r" all-to-all-done\(.*?%?([\w.-]+)\)", line):
             total += 1
             hidden += any(is_product(computations, between) for between in body[started[found[1]] + 1 : i])
-    assert total >= 8 and hidden >= 0.75 * total, (hidden, total)
+    assert total >= 5 and hidden >= 0.75 * total, (hidden, total)
     assert not [line for line in body if re.search(r" all-to-all\(", line)]  # one that does not run beside others
 
 
