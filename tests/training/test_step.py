@@ -10,6 +10,7 @@ import pytest
 from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.precision import FP8_REFERENCE
 from dsv3_jax.training import loss, router_bias
 from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer
@@ -120,3 +121,18 @@ def test_non_finite_steps_change_nothing_and_are_counted(setup, whole):
         assert bool(jnp.isfinite(metrics["loss"])) == (batch is good)
     assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
     assert state.adam.count == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_fp8_overflow_is_counted_per_tensor_and_its_step_skipped(setup, count):
+    """An infinite gain: the first product has one bad tile for each token, in a whole batch as in two microbatches."""
+    decoder, config, params, batch = setup
+    config = dataclasses.replace(config, microbatch_size=len(batch["tokens"]) // count)
+    trainer = Trainer(Decoder(decoder.config, FP8_REFERENCE), config)
+    dense = params["dense_layers"]
+    bad = params | {"dense_layers": dense | {"input_layernorm": dense["input_layernorm"].at[0, 3].set(jnp.inf)}}
+    found = []
+    for weights in (params, bad):
+        state, metrics = trainer.step(start(trainer, weights), batch, SCHEDULED)
+        found.append((int(metrics["overflow"]["dense_layers"]["self_attn"]["q_a_proj_overflow"][0, 0]), int(state.skipped)))
+    assert found == [(0, 0), (8 * 32, 1)]
