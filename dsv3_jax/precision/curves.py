@@ -39,17 +39,18 @@ def run(arguments) -> None:
     rows = prepare(corpus, tokenizer, arguments.cache, sequence_length=config.sequence_length, fim_rate=config.data.fim_rate)
     print(f"{rows.train.bytes:,} bytes of text, {rows.train.tokens:,} tokens ({time.perf_counter() - start:.0f} s)", flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    steps = list(schedules.steps(config, 0, 0))
+    steps = list(schedules.steps(config, 0, 0))[: arguments.until]
     for seed in arguments.seeds:
         state, kept, start = init(seed), [], time.perf_counter()
         for step, rows_BS in zip(steps, Loader(rows.directory, seed=0).batches((step.first_row, step.num_rows) for step in steps)):
             tokens = jnp.asarray(rows_BS["tokens"], batch["tokens"].dtype)
             state, metrics = compiled(state, {"tokens": tokens}, jax.tree.map(jnp.float32, step.scheduled))
-            kept.append({name: metrics[name] for name in ("loss", "main", "mtp", "balance", "grad_norm", "skipped")})
+            kept.append({name: metrics[name] for name in ("loss", "main", "mtp", "balance", "grad_norm", "skipped", "overflow")})
         kept = jax.device_get(kept)
         took = time.perf_counter() - start
         with open(arguments.output / f"{config.precision}-{seed}.jsonl", "w") as file:
             for number, values in enumerate(kept, 1):
+                values["overflow"] = sum(counts.sum() for counts in jax.tree.leaves(values["overflow"]))
                 file.write(json.dumps({"step": number} | {name: float(value) for name, value in values.items()}) + "\n")
         tokens_seen = len(kept) * config.batch_size * config.sequence_length
         print(
@@ -75,6 +76,8 @@ def _study(config, params, rows, arguments) -> None:
 def compare(arguments) -> None:
     """Prints the relative difference of the smoothed losses, and draws the curves."""
     runs = {path.stem: [json.loads(line)["main"] for line in path.open()] for path in sorted(arguments.curves.glob("*-*.jsonl"))}
+    shortest = min(map(len, runs.values()))
+    runs = {name: losses[:shortest] for name, losses in runs.items()}
     smoothed = {name: np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid") for name, losses in runs.items()}
     of = lambda precision: np.stack([losses for name, losses in smoothed.items() if name.startswith(precision)])  # noqa: E731
     bf16, fp8 = of("bf16"), of("fp8")
@@ -117,6 +120,7 @@ def main() -> None:
     one.add_argument("--rows", type=int, default=16)
     one.add_argument("--seeds", type=int, nargs="+", default=[0])
     one.add_argument("--steps", type=int, default=300)
+    one.add_argument("--until", type=int, help="stop after this one of --steps, to which the schedules belong")
     one.add_argument("--corpus", nargs="+", default=["stdlib"])
     one.add_argument("--cache", default="runs/curves-data", help="where the prepared rows lie")
     one.add_argument("--output", type=Path, default=Path("runs/curves"))
