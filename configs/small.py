@@ -40,7 +40,7 @@ def recipe() -> TrainConfig:
         sequence_length=4096,
         batch_size=64,
         microbatch_size=16,
-        remat="norms_and_up",
+        remat="norms",
         checkpoint_every=250,
         eval_every=250,
     )

@@ -152,7 +152,7 @@ class TrainConfig:
     pipeline_schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipev"  # of the mesh axis pipe
     pipeline_max_delayed: int | None = None  # microbatches whose weight gradients a rank puts off at most; None: as many as the schedule
     precision: Literal["auto", "float32", "bf16", "fp8", "fp8_reference"] = "auto"  # auto: bf16 on a GPU, float32 on a CPU
-    remat: Literal["none", "layer", "norms_and_up"] = "layer"  # what the backward pass computes again
+    remat: Literal["none", "layer", "norms_and_up", "norms"] = "layer"  # what the backward pass computes again
     seed: int = 0
     deterministic: bool = False  # deterministic GPU reductions, so that a resumed run is bit-equal there too
     mesh: str = "data=-1"  # sizes of the axes data, pipe, expert; one may be -1: what is left of the devices

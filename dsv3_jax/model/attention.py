@@ -89,8 +89,8 @@ class MLA(Module):
 
     def attend(self, q_BSHd: jax.Array, latent_BSC: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array:
         """Materialise keys and values of the latents and attend causally: -> [B, S, H, V]."""
-        k, v = self.materialise(latent_BSC)
-        return causal_attention(q_BSHd, k, v, rope.softmax_scale(self.config), segment_ids_BS)
+        q, k, v = checkpoint_name((q_BSHd, *self.materialise(latent_BSC)), "qkv")
+        return causal_attention(q, k, v, rope.softmax_scale(self.config), segment_ids_BS)
 
     def materialise(self, latent_BSC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys [B, S, H, N+R] and values [B, S, H, V] of latents [B, S, C+R]."""

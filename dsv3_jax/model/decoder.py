@@ -20,13 +20,14 @@ from dsv3_jax.model.moe import Exchange, RouterStats, exchange_locally
 from dsv3_jax.model.mtp import MTP
 from dsv3_jax.precision import FLOAT32, Recipe, linear
 
+_KEPT = ("q_latent", "kv_latent", "attention", "residual", "router", "dispatched", "gate_up")
 _REMAT_POLICIES = {
     # Recompute everything inside a layer; keep its input.
     "layer": jax.checkpoint_policies.nothing_saveable,
     # The report's choice (§3.2.3): keep what is expensive, recompute RMSNorm, the MLA up-projections and SwiGLU.
-    "norms_and_up": jax.checkpoint_policies.save_only_these_names(
-        "q_latent", "kv_latent", "attention", "residual", "router", "dispatched", "gate_up"
-    ),
+    "norms_and_up": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    # Where there is room: queries, keys, values and SwiGLU's outputs (in bf16) are kept as well.
+    "norms": jax.checkpoint_policies.save_only_these_names(*_KEPT, "qkv", "hidden"),
 }
 _UNROLLED = 8  # stacks of at most so many layers are compiled layer by layer
 
@@ -39,7 +40,7 @@ class Output(NamedTuple):
 
 
 class Decoder:
-    """A DeepSeek-V3 type model. `remat`: what the backward pass recomputes ("none", "layer", "norms_and_up")."""
+    """A DeepSeek-V3 type model. `remat`: what the backward pass recomputes ("none", "layer", "norms_and_up", "norms")."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe = FLOAT32, *, remat: str = "none", exchange: Exchange = exchange_locally):
         if config.num_nextn_predict_layers > 1:

@@ -82,7 +82,7 @@ def swiglu_linear(
         spec, fp8_weight = _fp8_operands(w, group_sizes_E, recipe, scales, recipe.compute_dtype)
         y_TN = fp8.swiglu_product(spec, gate_up_T, row_weights, fp8_weight, group_sizes_E, tap, overflow)
     else:
-        hidden = silu_gate(checkpoint_name(gate_up_T, "gate_up"), row_weights)
+        hidden = checkpoint_name(silu_gate(checkpoint_name(gate_up_T, "gate_up"), row_weights), "hidden")
         y_TN = _linear(hidden, w, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype, filled)
     return y_TN.reshape(*gate_up.shape[:-1], -1)
 
