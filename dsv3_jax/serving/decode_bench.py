@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
@@ -42,24 +42,35 @@ PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA
 
 
 def random_params(decoder: Decoder, ranks: Ranks = ONE_DEVICE) -> dict:
-    """Parameters for `Decoder.decode` that cost no checkpoint: gains are one, all else normal; FP8 weights as the recipe stores them.
-    Each device makes its own part."""
+    """Parameters for `Decoder.decode` that cost no checkpoint: gains are one, all else even around 0; FP8 weights as the recipe stores
+    them. Layers of one kind share a program, and each device makes its own part."""
     shapes = decoder.abstract_params()
     if decoder.recipe.fp8:
         shapes = jax.eval_shape(to_fp8, shapes)
     shapes = jax.eval_shape(decoder.decode_params, shapes)
-    keys = iter(range(10**6))
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 1 + decoder.config.num_hidden_layers))
 
-    def make(path, leaf, spec):
-        name = path[-1].key
-        if name.endswith("norm"):
-            return ranks.full(leaf, spec, 1)
-        if name.endswith("_scale"):
-            return ranks.full(leaf, spec, decoder.config.initializer_range)
-        std = 1.0 if leaf.dtype == jnp.float8_e4m3fn else decoder.config.initializer_range
-        return _normal(jax.random.key(next(keys)), leaf.shape, leaf.dtype, std, ranks, spec)
+    def make(tree):
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        parts = jax.tree.leaves(ranks.param_specs(tree), is_leaf=lambda part: isinstance(part, PartitionSpec))
+        spec = tuple((path[-1].key, leaf.shape, leaf.dtype, part) for (path, leaf), part in zip(leaves, parts, strict=True))
+        return jax.tree.unflatten(structure, _random(next(keys), spec, decoder.config.initializer_range, ranks))
 
-    return jax.tree_util.tree_map_with_path(make, shapes, ranks.param_specs(shapes))
+    params = {name: [make(layer) for layer in stack] for name, stack in shapes.items() if isinstance(stack, list)}
+    return params | make({name: leaf for name, leaf in shapes.items() if name not in params})
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _random(key, spec, std, ranks):
+    made = []
+    for leaf_key, (name, shape, dtype, part) in zip(jax.random.split(key, len(spec)), spec):
+        if name.endswith("norm") or name.endswith("_scale"):
+            x = jnp.full(shape, 1 if name.endswith("norm") else std, dtype)
+        else:
+            width = 3**0.5 * (1 if dtype == jnp.float8_e4m3fn else std)
+            x = jax.random.uniform(leaf_key, shape, jnp.float32, -width, width).astype(dtype)
+        made.append(ranks.hold(x, part))
+    return made
 
 
 def model_config(recipe: str) -> ModelConfig:
@@ -76,11 +87,6 @@ def random_model(recipe: str, precision: str, max_length: int | None = None, mes
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, max_length or 0))
     decoder = Decoder(config, named_recipe(precision))
     return decoder, random_params(decoder, Ranks.of(mesh))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _normal(key, shape, dtype, std, ranks=ONE_DEVICE, spec=WHOLE):
-    return ranks.hold((std * jax.random.normal(key, shape, jnp.float32)).astype(dtype), spec)
 
 
 def copy_bandwidth() -> float:
@@ -273,7 +279,8 @@ def main() -> None:
         prefill_tokens=max(options.prefill, 1024), fp8_cache=options.fp8_cache, speculate=options.speculate,
     )  # fmt: skip
     if not options.fp8_cache:  # not zeros: a card's clock depends on what it moves
-        engine.runner.caches = {name: _normal(jax.random.key(0), x.shape, x.dtype, 1.0) for name, x in engine.runner.caches.items()}
+        spec, engine.runner.caches = tuple((name, x.shape, x.dtype, WHOLE) for name, x in engine.runner.caches.items()), None
+        engine.runner.caches = dict(zip([name for name, *_ in spec], _random(jax.random.key(1, impl="rbg"), spec, 1.0, ONE_DEVICE)))
     if options.batch:
         print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|")
     for context in options.context:
