@@ -11,6 +11,7 @@ raised there: both before anything runs. Nothing falls back silently.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -63,11 +64,20 @@ def _on_hopper(op, function):
             missing = tuple(axes - _varies_over(leaf))
             return _hopper_only.bind(lax.pcast(leaf, missing, to="varying") if missing else leaf, op=op)
 
-        # XLA would fuse a kernel with the slice of a stacked array that it reads or writes, and (jax 0.11.2) compiles it there while it
-        # holds a lock that the kernel's compiler waits for: for ever.
-        return jax.tree.map(mark, lax.optimization_barrier(function(*lax.optimization_barrier(operands))))
+        return jax.tree.map(mark, lax.optimization_barrier(function(*_held_apart(operands))))
 
     return run
+
+
+def _held_apart(operands):
+    """XLA would fuse a kernel with the slice of a stacked array that it reads or writes, and (jax 0.11.2) compiles it there while it holds
+    a lock that the kernel's compiler waits for: for ever. Rows of integers (lengths, group sizes) are not slices of a stack: what is made
+    of them before the kernel, XLA may make once for all layers."""
+    leaves, structure = jax.tree.flatten(operands)
+    held = [i for i, leaf in enumerate(leaves) if leaf.ndim != 1 or not jnp.issubdtype(leaf.dtype, jnp.integer)]
+    for i, leaf in zip(held, lax.optimization_barrier([leaves[i] for i in held])):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _varies_over(x) -> frozenset:

@@ -75,10 +75,10 @@ def test_prefixes_come_back_from_the_host(plain, mesh):
 
 
 def test_a_preempted_request_comes_back_from_the_host(plain):
-    prompts = [plain.ids200[0, i : i + 100 + i].tolist() for i in range(4)]
-    params = dataclasses.replace(GREEDY, max_new_tokens=120)
+    prompts = [plain.ids200[0, i : i + 70 + i].tolist() for i in range(4)]
+    params = dataclasses.replace(GREEDY, max_new_tokens=160)
     expected = [c.tokens for c in make(plain, "data=1").generate(prompts, params)]
-    tight, swapping = make(plain, "data=1", free_pages=5), make(plain, "data=1", free_pages=5, host_pages=30)
+    tight, swapping = make(plain, "data=1", free_pages=4), make(plain, "data=1", free_pages=4, host_pages=30)
     for engine in (tight, swapping):
         assert [c.tokens for c in engine.generate(prompts, params)] == expected
         assert engine.scheduler.num_preemptions > 0
