@@ -97,7 +97,7 @@ def make_engine(options: argparse.Namespace):
         decoder, params = random_model(str(options.model), options.random, options.max_length, mesh)
         tokenizer = None
     else:
-        model = load(options.model, step=options.step, dtype=options.dtype, mesh=mesh)
+        model = load(options.model, step=options.step, dtype=options.dtype, mesh=mesh, serving=True)
         decoder, params, tokenizer = model.decoder, model.params, model.tokenizer
     return Engine(
         decoder,

@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig, OptimizerConfig, from_dict
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
+from dsv3_jax.model.decode_params import unstacked
 from dsv3_jax.parallel.sharding import param_shardings
 from dsv3_jax.precision import BF16, FLOAT32, FP8, Recipe, fp8_axes, from_fp8, has_fp8, to_fp8
 from dsv3_jax.serving import SamplingParams
@@ -103,7 +104,9 @@ class Model:
         return tokens_BS.astype(np.int32)
 
 
-def load(path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: Any = None, weights: str = "stored") -> Model:
+def load(
+    path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: Any = None, weights: str = "stored", serving: bool = False
+) -> Model:
     """A run folder (or a step's folder in it), or a Hugging Face directory with config.json and safetensors.
 
     step: of a run; the newest complete one by default.
@@ -112,6 +115,8 @@ def load(path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: 
         the checkpoint names elsewhere.
     weights: "stored" keeps FP8 weights in FP8 (Hopper multiplies in FP8, other devices dequantise at use), "dequantised" makes them
         `dtype` (float32 by default).
+    serving: the layers of a Hugging Face checkpoint by themselves, as the engine wants them, so that little more memory is needed than its
+        weights take. Such a model generates; its logits cannot be asked for.
     Raises UserError where the path holds no complete checkpoint that fits its own configuration.
     """
     path = Path(path)
@@ -125,7 +130,8 @@ def load(path: str | Path, *, step: int | None = None, mesh: Any = None, dtype: 
         if step is not None:
             raise UserError(f"{path} is a Hugging Face directory, which has no steps: leave step out")
         config, values = hub.config_json.read(path)
-        _, params = hub.load(path, shardings=shardings(config, mesh), dtype=dtype, weights=weights)
+        options = {"shardings": shardings(config, mesh), "dtype": dtype, "weights": weights}
+        params = unstacked(hub.loading.stream(path, **options)) if serving else hub.load(path, **options)[1]
         tokenizer, named = path, values.get("torch_dtype") or values.get("dtype")
     else:
         saved = open_run(path, step)

@@ -5,7 +5,7 @@ that a decode step is made of. So stacks are taken apart once, and what a step w
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,32 @@ def decode_params(params: Mapping, config: ModelConfig, recipe: Recipe, *, consu
 
     Weights wider than the compute dtype are cast to it, those of FP8 products quantised; the router stays in float32. Attention has,
     beside `kv_b_proj` for prefill, `k_up_proj` [H, N, C] and `v_up_proj` [H, V, C] for the absorbed form, which are never in FP8.
-    Stacks that are lists already stay as they are. consume: deletes each weight of a stack once it is taken apart, so that no more
-    than one of them is held twice.
+    Stacks may be lists already (`unstacked`), and layers that have those two stay as they are. consume: deletes each weight of a stack
+    once it is taken apart, so that no more than one of them is held twice.
     """
     made = {}
     for name, leaf in params.items():
         if isinstance(leaf, list):
-            made[name] = leaf
+            made[name] = [layer if "k_up_proj" in layer["self_attn"] else _converted(layer, config, recipe) for layer in leaf]
         elif name.endswith("_layers"):
             made[name] = [_converted(layer, config, recipe) for layer in _unstacked(leaf, consume)]
         else:
             made |= _converted({name: leaf}, config, recipe)
     return made
+
+
+def unstacked(leaves: Iterable[tuple[tuple[str, ...], jax.Array]]) -> dict:
+    """Parameters from (path, array) as they come, with lists of layers: no more than one stack of weights is held twice, ever."""
+    params: dict = {}
+    for path, leaf in leaves:
+        targets, parts = [params], [leaf]
+        if path[0].endswith("_layers"):
+            targets, parts = params.setdefault(path[0], [{} for _ in range(leaf.shape[0])]), _unstacked(leaf, consume=True)
+            path = path[1:]
+        for target, part in zip(targets, parts, strict=True):
+            functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], target)[path[-1]] = part
+        del leaf, parts
+    return params
 
 
 def _unstacked(stack, consume):

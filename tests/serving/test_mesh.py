@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import dsv3_jax
 from dsv3_jax.parallel import eplb
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.serving import Engine, SamplingParams, runner
@@ -93,3 +94,14 @@ def test_a_host_tier_smaller_than_one_prompt_changes_nothing(plain):
     expected = [make(plain, "data=1").generate([prompt], params)[0].tokens for prompt in prompts]
     for _ in range(3):
         assert [engine.generate([prompt], params)[0].tokens for prompt in prompts] == expected
+
+
+def test_an_fp8_checkpoint_is_served_as_it_is_stored(oracle):
+    """Straight from the files to the devices that use it: codes stay codes, experts are spread out, and the tokens are the oracle's."""
+    model, mesh = oracle("tiny_e_fp8_mtp"), mesh_of("expert=2")
+    loaded = dsv3_jax.load(model.path, mesh=mesh, serving=True)
+    experts = loaded.params["moe_layers"][0]["mlp"]["experts"]
+    assert experts["gate_up_proj"].dtype == experts["down_proj"].dtype == jax.numpy.float8_e4m3fn
+    assert all(leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // 2 for leaf in experts.values())
+    engine = Engine(loaded.decoder, loaded.params, mesh=mesh, max_length=256, num_pages=16, max_batch=8, prefill_tokens=64, consume=True)
+    assert [c.tokens for c in engine.generate(model.prompts.tolist(), GREEDY)] == model.greedy_tokens.tolist()
