@@ -28,6 +28,7 @@ ROWS = 8  # TMA fills SMEM in the 8-row tiles that WGMMA reads, so a row tile be
 WAVE = 64  # rows of one WGMMA
 SMEM_BYTES = 232448  # of one SM
 REDUCTION_SCRATCH = 512
+LINE = 32  # float32 values of 128 bytes, to which a TMA copy must be aligned in SMEM; in global memory it is to 16 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Config:
     share the tile; None for one warpgroup. cluster: how many CTAs work on neighbouring tiles; multicast: the operand, "a" or "b", that
     they share and load once. minor, width: the order of tiles (`plgpu.planar_snake`), for reuse in L2. split_k: parts of K that are
     computed apart and summed afterwards, to fill the device when there are few tiles.
+    ordered: two math warpgroups take turns at issuing their WGMMAs.
     """
 
     tile_m: int
@@ -49,6 +51,8 @@ class Config:
     minor: str = "n"
     width: int = 1
     split_k: int = 1
+    ordered: bool = False
+    most_slots: int = 4
 
     def __post_init__(self):
         if self.cluster > 1 and self.multicast == "b" and self.split_k > 1:
@@ -77,12 +81,23 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that multiplies and of one that loads, where two warpgroups multiply: what ptxas does not spill with."""
-        return (216, 72) if self.wave_cols == 192 else (208, 88)
+        return (224, 56)
+
+    @property
+    def blocks_n(self) -> int:
+        """How many 128-wide blocks of `b` a tile can touch."""
+        return -(-(BLOCK - math.gcd(self.tile_n, BLOCK) + self.tile_n) // BLOCK)
 
     def staged(self, dtype) -> int:
-        """Columns of the output that are staged in SMEM at a time: 128 bytes where the tile allows it."""
+        """Columns of the output that are stored by one copy: 128 bytes where the tile allows it."""
         line = 128 // jnp.dtype(dtype).itemsize
         return line if self.piece % line == 0 else self.piece
+
+    def slots(self, dtype) -> int:
+        """How many such pieces [64, staged] a warpgroup keeps in SMEM: all of its tile if it has up to four, so that nothing waits."""
+        in_wave = self.wave_cols // self.staged(dtype)
+        pieces = self.wave_rows // WAVE * in_wave
+        return max(s for s in range(1, self.most_slots + 1) if in_wave % s == 0 or (s % in_wave == 0 and s <= pieces))
 
 
 class Unit(NamedTuple):
@@ -160,18 +175,19 @@ def _clusters(num_sms, cluster):
 
 def _scratch(config, b_kind, out_dtype, ragged):
     """The ring of operand tiles with its barriers, and staging for the output."""
-    stages, warpgroups, staged = config.stages, config.warpgroups, config.staged(out_dtype)
+    stages, warpgroups, staged, slots = config.stages, config.warpgroups, config.staged(out_dtype), config.slots(out_dtype)
     scratch = {
         "a": plgpu.SMEM((stages, config.tile_m, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
         "b": plgpu.SMEM((stages, config.tile_n, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
         "sa": plgpu.SMEM((stages, config.tile_m), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=4 if b_kind == "tiles" else 3, num_barriers=stages),
-        "out": plgpu.SMEM((warpgroups, WAVE, staged), out_dtype, transforms=swizzled(staged, out_dtype)),
+        "sb": plgpu.SMEM((stages, config.tile_n) if b_kind == "tiles" else (stages, config.blocks_n, LINE), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     }
-    if b_kind == "tiles":
-        scratch["sb"] = plgpu.SMEM((stages, config.tile_n), jnp.float32)
-    if ragged:
-        scratch["ragged"] = plgpu.SMEM((warpgroups, WAVE, staged), out_dtype)
+    staging = plgpu.SMEM((warpgroups, slots, WAVE, staged), out_dtype, transforms=swizzled(staged, out_dtype))
+    # single rows can only be copied out of a plain layout
+    scratch["out"] = plgpu.RefUnion(staging, plgpu.SMEM(staging.shape, out_dtype)) if ragged else staging
+    if config.ordered:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
     if config.cluster == 1:
         scratch["empty"] = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
     else:
@@ -203,7 +219,7 @@ def _body(config, problem, b_kind, a, sa, b, sb, *refs):
     def _():
         if config.warpgroups == 2:
             plgpu.set_max_registers(config.registers[0], action="increase")
-        _multiply(config, problem, b_kind, tiles, sb, out, smem, warpgroup)
+        _multiply(config, problem, b_kind, tiles, out, smem, warpgroup)
 
 
 class _Tiles:
@@ -261,7 +277,10 @@ def _load(config, problem, b_kind, tiles, a, sa, b, sb, smem):
             plgpu.copy_gmem_to_smem(b.at[*b_at, b_rows, k], smem["b"].at[slot], full.at[slot], **multicast["b"])
             plgpu.copy_gmem_to_smem(sa.at[*a_at, block, a_rows], smem["sa"].at[slot], full.at[slot])
             if b_kind == "tiles":
-                plgpu.copy_gmem_to_smem(sb.at[block, b_rows], smem["sb"].at[slot], full.at[slot])
+                scales = sb.at[block, b_rows]
+            else:
+                scales = sb.at[*b_at, pl.ds(lax.div(n * config.tile_n, BLOCK), config.blocks_n), pl.ds(block - lax.rem(block, 4), LINE)]
+            plgpu.copy_gmem_to_smem(scales, smem["sb"].at[slot], full.at[slot])
             return step + 1
 
         return lax.fori_loop(0, unit.steps, load_block, step)
@@ -272,7 +291,7 @@ def _load(config, problem, b_kind, tiles, a, sa, b, sb, smem):
         pl.when(step >= stages)(lambda step=step: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]))
 
 
-def _multiply(config, problem, b_kind, tiles, sb, out, smem, warpgroup):
+def _multiply(config, problem, b_kind, tiles, out, smem, warpgroup):
     """Empties the ring: a warpgroup that multiplies, promotes and stores."""
     row0 = warpgroup * config.wave_rows if config.split == "m" else 0
     col0 = warpgroup * config.wave_cols if config.split == "n" else 0
@@ -280,16 +299,13 @@ def _multiply(config, problem, b_kind, tiles, sb, out, smem, warpgroup):
     full, empty = smem["full"], smem["empty"]
     by_column = b_kind == "tiles" or (piece == cols and BLOCK % piece != 0)  # one scale for each column, else one for each piece
 
-    def read_scales(unit, n, i):
-        """Scalar scales of `b`, read from global memory one step before they are needed."""
+    def read_scales(slot, n, block):
+        """Scalar scales of `b`: of each piece, or of the two blocks that a narrow tile can touch."""
         if b_kind == "tiles":
             return ()
-        col = n * config.tile_n + col0
-        last_block = sb.shape[-2] - 1
+        col = n * config.tile_n
         starts = (0, cols - 1) if by_column else range(0, cols, piece)
-        block = unit.block + jnp.clip(i, 0, jnp.maximum(unit.steps - 1, 0))
-        at = problem.at("b", unit)
-        return tuple(sb[*at, jnp.minimum(lax.div(col + start, BLOCK), last_block), block] for start in starts)
+        return tuple(smem["sb"][slot, lax.div(col + col0 + start, BLOCK) - lax.div(col, BLOCK), lax.rem(block, 4)] for start in starts)
 
     def column_scales(scales, slot, col):
         if b_kind == "tiles":
@@ -297,93 +313,98 @@ def _multiply(config, problem, b_kind, tiles, sb, out, smem, warpgroup):
         index = plgpu.broadcasted_iota(jnp.int32, (cols,), 0, layout=plgpu.Layout.WGMMA.reduce(0))
         return jnp.where(index < BLOCK - lax.rem(col, BLOCK), *scales)
 
-    def multiply_tile(tile, following, carry):
-        (unit, n), (step, scales) = tile, carry
+    def multiply_tile(tile, following, slot):
+        unit, n = tile
         col = n * config.tile_n + col0
 
         def multiply_block(i, carry):
-            scales, sums = carry
-            slot = lax.rem(step + i, config.stages)
+            slot, sums = carry
             plgpu.barrier_wait(full.at[slot])
+            scales = read_scales(slot, n, unit.block + i)
             factors = (None,) * (cols // piece) if by_column else scales
-            columns = functools.partial(column_scales, scales, slot, col)
-            scales = read_scales(unit, n, i + 1)
             promoted = []
             for wave in range(waves):
                 rows = pl.ds(row0 + wave * WAVE, WAVE)
                 row_scales = plgpu.load(smem["sa"].at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
 
+                if config.ordered:
+                    plgpu.barrier_wait(smem["turn"].at[warpgroup])
+
                 def product(acc, rows=rows):
                     plgpu.wgmma(acc, smem["a"].at[slot, rows], smem["b"].at[slot, pl.ds(col0, cols)].transpose((1, 0)))
+                    if config.ordered:
+                        plgpu.barrier_arrive(smem["turn"].at[1 - warpgroup])
                     return acc[...]
 
                 partial = pl.run_scoped(product, plgpu.ACC((WAVE, cols), jnp.float32))
                 if by_column:
-                    partial *= lax.broadcast_in_dim(columns(), (WAVE, cols), [1])
+                    partial *= lax.broadcast_in_dim(column_scales(scales, slot, col), (WAVE, cols), [1])
                 if wave == waves - 1:
                     plgpu.barrier_arrive(empty.at[slot])
                 for p, factor in enumerate(factors):
                     scale = row_scales if by_column else row_scales * factor
                     scale = lax.broadcast_in_dim(scale, (WAVE, piece), [0])
                     promoted.append(sums[len(promoted)] + partial[:, p * piece : (p + 1) * piece] * scale)
-            return scales, tuple(promoted)
+            return jnp.where(slot == config.stages - 1, 0, slot + 1), tuple(promoted)
 
         zero = plgpu.layout_cast(jnp.zeros((WAVE, piece), jnp.float32), plgpu.Layout.WGMMA)
-        _, sums = lax.fori_loop(0, unit.steps, multiply_block, (scales, (zero,) * (waves * (cols // piece))))
-        scales = read_scales(*following, 0)
+        slot, sums = lax.fori_loop(0, unit.steps, multiply_block, (slot, (zero,) * (waves * (cols // piece))))
         for wave in range(waves):
-            for p in range(cols // piece):
-                _store(
-                    config,
-                    problem,
-                    unit,
-                    row0 + wave * WAVE,
-                    col + p * piece,
-                    sums[wave * (cols // piece) + p],
-                    out,
-                    smem,
-                    warpgroup,
-                )
-        return step + unit.steps, scales
+            of_wave = sums[wave * (cols // piece) : (wave + 1) * (cols // piece)]
+            _store(config, problem, unit, row0, wave, col, of_wave, out, smem, warpgroup)
+        return slot
 
-    tiles.loop(multiply_tile, lambda tile: (jnp.int32(0), read_scales(*tile, 0)))
+    if config.ordered:
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem["turn"].at[0]))
+    tiles.loop(multiply_tile, lambda tile: jnp.int32(0))
+    if config.ordered:
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(smem["turn"].at[0]))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store(config, problem, unit, row_in_tile, col, value, out, smem, warpgroup):
-    """Writes a float32 value [64, piece] to rows row_in_tile.. of the unit."""
-    staged = config.staged(out.dtype)
-    row = unit.row8 * ROWS + row_in_tile
+def _store(config, problem, unit, row_in_tile, wave, col, values, out, smem, warpgroup):
+    """Writes 64 rows of the tile, float32 values [64, piece] side by side, to rows row_in_tile + 64 * wave.. of the unit.
+
+    The copies of a tile run while the next one is computed: only the first use of a slot in a tile waits.
+    """
+    staged, slots = config.staged(out.dtype), config.slots(out.dtype)
+    whole_staging, part_staging = smem["out"] if problem.ragged else (smem["out"], None)
+    row = unit.row8 * ROWS + row_in_tile + wave * WAVE
     at = problem.at("out", unit)
     how = {"reduction_op": "add"} if problem.accumulate else {}
-    for start in range(0, config.piece, staged):
-        rounded = value[:, start : start + staged].astype(out.dtype)
-        out_cols = pl.ds(col + start, staged)
+    pieces = [value[:, i : i + staged].astype(out.dtype) for value in values for i in range(0, config.piece, staged)]
 
-        def whole(rounded=rounded, out_cols=out_cols):
-            staging = smem["out"].at[warpgroup]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staging[...] = rounded
+    def whole():
+        for first in range(0, len(pieces), slots):
+            some = [((wave * len(pieces) + p) % slots, p) for p in range(first, min(first + slots, len(pieces)))]
+            if some[0][0] == 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for slot, p in some:
+                whole_staging.at[warpgroup, slot][...] = pieces[p]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging, out.at[*at, pl.ds(row, WAVE), out_cols], **how)
+            for slot, p in some:
+                to = out.at[*at, pl.ds(row, WAVE), pl.ds(col + p * staged, staged)]
+                plgpu.copy_smem_to_gmem(whole_staging.at[warpgroup, slot], to, **how)
 
-        def part(low, high, rounded=rounded, out_cols=out_cols):
-            staging = smem["ragged"].at[warpgroup]
+    def part(low, high):
+        staging = part_staging.at[warpgroup, 0]
+        for p, piece in enumerate(pieces):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staging[...] = rounded
+            staging[...] = piece
             plgpu.commit_smem()
             for length in (32, 16, 8, 4, 2, 1):  # a copy has a fixed size, so the rows go by the binary digits of their number
 
                 @pl.when((high - low) & length != 0)
-                def _(length=length, done=low + ((high - low) & -(2 * length))):
-                    plgpu.copy_smem_to_gmem(staging.at[pl.ds(done, length)], out.at[*at, pl.ds(row + done, length), out_cols], **how)
+                def _(length=length, done=low + ((high - low) & -(2 * length)), p=p):
+                    to = out.at[*at, pl.ds(row + done, length), pl.ds(col + p * staged, staged)]
+                    plgpu.copy_smem_to_gmem(staging.at[pl.ds(done, length)], to, **how)
 
-        if problem.ragged:
-            low, high = jnp.clip(unit.first - row, 0, WAVE), jnp.clip(unit.last - row, 0, WAVE)
-            pl.when(high - low == WAVE)(whole)
-            pl.when((high > low) & (high - low < WAVE))(functools.partial(part, low, high))
-        else:
-            whole()
+    if problem.ragged:
+        low, high = jnp.clip(unit.first - row, 0, WAVE), jnp.clip(unit.last - row, 0, WAVE)
+        pl.when(high - low == WAVE)(whole)
+        pl.when((high > low) & (high - low < WAVE))(functools.partial(part, low, high))
+    else:
+        whole()
 
 
 def unit_table(units: Unit, count):

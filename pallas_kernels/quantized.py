@@ -99,5 +99,5 @@ def pad_operand(q: Quantized, *, rows: int) -> Quantized:
     if q.kind == "tiles":
         scales_shape = (*scales_shape[:-1], -(-padded_rows // 4) * 4)
     else:
-        scales_shape = (*lead, num_blocks(padded_rows), num_blocks(k))
+        scales_shape = (*lead, num_blocks(padded_rows), -(-num_blocks(k) // 4) * 4)
     return Quantized(values, pad_to(q.stored_scales, scales_shape), q.kind)

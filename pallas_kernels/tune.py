@@ -1,66 +1,92 @@
-"""python -m pallas_kernels.tune OP [OP ...]: measures every candidate tile choice at the shapes of an op, on this GPU, and writes
-data/<device>.json. OP is one of matmul, grouped_matmul, masked_matmul, wgrad, grouped_wgrad, or all."""
+"""python -m pallas_kernels.tune OP [OP ...]: measures tile choices at the shapes of an op, on this GPU, and writes data/<device>.json.
+OP is one of matmul, grouped_matmul, masked_matmul, wgrad, grouped_wgrad, or all."""
 
 import argparse
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import bench, tuning
+from pallas_kernels import aot, bench, tuning
 from pallas_kernels.grouped_matmul import hopper as grouped
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.matmul import hopper as dense
 from pallas_kernels.matmul import shapes as dense_shapes
 from pallas_kernels.platform import device_kind, device_sms
+from pallas_kernels.tuning import Case
 from pallas_kernels.wgrad import hopper as wgrad
 from pallas_kernels.wgrad import shapes as wgrad_shapes
 
 
-def problems(op):
-    """(m, n, k, function of operands and config, operands) as `tuning.choose` will be asked for them."""
+def cases(op):
+    """Each as `tuning.choose` will be asked for it, with the number of rows of `a` in all."""
     if op == "matmul":
-        for m, n, k in dense_shapes.MNK:
-            yield m, n, k, dense.fp8_matmul, (bench.tiles(0, m, k), bench.blocks(1, n, k))
-    elif op == "grouped_matmul":
-        for g, rows, n, k in grouped_shapes.GROUPED:
-            sizes = jnp.full(g, rows, jnp.int32)
-            yield rows, n, k, grouped.grouped_fp8_matmul, (bench.tiles(0, g * rows, k), bench.blocks(1, g, n, k), sizes)
-    elif op == "masked_matmul":
-        for g, mean, rows, n, k in grouped_shapes.MASKED[:2]:  # the fuller ones: with few rows every choice waits for its weights
-            operands = bench.tiles(0, g, rows, k), bench.blocks(1, g, n, k), jnp.full(g, mean, jnp.int32)
-            yield min(rows, 128), n, k, grouped.masked_fp8_matmul, operands
-    elif op == "wgrad":
-        for n, k, tokens in wgrad_shapes.DENSE:
-            yield n, k, tokens, wgrad.fp8_wgrad, (bench.tiles(0, n, tokens), bench.tiles(1, k, tokens))
-    elif op == "grouped_wgrad":
-        for g, tokens, n, k in wgrad_shapes.GROUPED:
-            operands = bench.tiles(0, n, g * tokens), bench.tiles(1, k, g * tokens), jnp.full(g, tokens, jnp.int32)
-            yield n, k, tokens, wgrad.grouped_fp8_wgrad, operands
+        return [(Case(op, m, n, k), m) for m, n, k in dense_shapes.MNK]
+    if op == "grouped_matmul":
+        return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k in grouped_shapes.GROUPED]
+    if op == "masked_matmul":  # the host knows only the room: the fuller ones decide, with few rows every choice waits for its weights
+        return [(Case(op, min(rows, 128), n, k, groups), rows) for groups, mean, rows, n, k in grouped_shapes.MASKED if mean > 64]
+    if op == "wgrad":
+        return [(Case(op, n, k, tokens), n) for n, k, tokens in wgrad_shapes.DENSE]
+    return [(Case(op, n, k, tokens, groups), n) for groups, tokens, n, k in wgrad_shapes.GROUPED]
+
+
+def build(case, rows):
+    """The kernel of a case, a function of operands and config, and random operands."""
+    op, m, n, k, groups = case
+    if op == "matmul":
+        return dense.fp8_matmul, (bench.tiles(0, m, k), bench.blocks(1, n, k))
+    if op == "grouped_matmul":
+        return grouped.grouped_fp8_matmul, (bench.tiles(0, rows, k), bench.blocks(1, groups, n, k), jnp.full(groups, m, jnp.int32))
+    if op == "masked_matmul":
+        return grouped.masked_fp8_matmul, (bench.tiles(0, groups, rows, k), bench.blocks(1, groups, n, k), jnp.full(groups, 192, jnp.int32))
+    operands = bench.tiles(0, m, groups * k), bench.tiles(1, n, groups * k)
+    if op == "wgrad":
+        return wgrad.fp8_wgrad, operands
+    return wgrad.grouped_fp8_wgrad, (*operands, jnp.full(groups, k, jnp.int32))
+
+
+def measure(task):
+    """[(microseconds, bytes spilled, config)] of every config of a task, fastest first; what does not run is said and left out."""
+    (case, rows), configs, num_sms = task
+    function, operands = build(case, rows)
+    times = []
+    for config in configs:
+        try:
+            with aot.kernels_compiled() as kernels:
+                kernel = bench.compiled(functools.partial(function, config=config, num_sms=num_sms), *operands)
+            us = bench.microseconds(kernel, *operands, calls=5)
+            times.append((us, sum(kernel.spilled_bytes for kernel in kernels), dataclasses.astuple(config)))
+        except Exception as error:
+            print(f"{case}: {config} does not run: {type(error).__name__}: {error}"[:500], flush=True)
+    return [(us, spilled, tuning.Config(*config)) for us, spilled, config in sorted(times)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="+", choices=(*tuning.OPS, "all"))
     parser.add_argument("--num-sms", type=int, default=None, help="SMs that the kernels may use; all by default")
+    parser.add_argument("--most", type=int, default=14, help="how many choices to try for a shape: those with the shortest estimates")
     arguments = parser.parse_args()
     bench.require_hopper()
     num_sms = arguments.num_sms or device_sms()
+    ops = tuning.OPS if "all" in arguments.ops else arguments.ops
+    tasks = [((case, rows), tuning.shortlist(case, num_sms)[: arguments.most], num_sms) for op in ops for case, rows in cases(op)]
+
     file = tuning.data_file(device_kind())
     choices = json.loads(file.read_text())["choices"] if file.exists() else []
-    for op in tuning.OPS if "all" in arguments.ops else arguments.ops:
-        choices = [entry for entry in choices if (entry["op"], entry["num_sms"]) != (op, num_sms)]
-        for m, n, k, function, operands in problems(op):
-            us, config = min((measure(function, operands, c, num_sms), i, c) for i, c in enumerate(tuning.candidates(op, m)))[::2]
-            entry = {"op": op, "m": m, "n": n, "k": k, "num_sms": num_sms, "us": round(us, 2), "config": dataclasses.asdict(config)}
-            print(json.dumps(entry), flush=True)
-            choices.append(entry)
-        file.write_text(json.dumps({"device": device_kind(), "jax": jax.__version__, "choices": choices}, indent=1) + "\n")
-
-
-def measure(function, operands, config, num_sms):
-    return bench.microseconds(lambda *args: function(*args, config=config, num_sms=num_sms), *operands, calls=5)
+    choices = [entry for entry in choices if (entry["op"], entry["num_sms"]) not in {(op, num_sms) for op in ops}]
+    for ((case, _), *_), times in bench.in_processes(measure, tasks):
+        if isinstance(times, Exception) or not times:
+            raise RuntimeError(f"{case}: no tile choice could be measured") from (times or None)
+        for us, spilled, config in times:
+            print(f"{case}: {us:.2f} us, {spilled} bytes spilled, {config}", flush=True)
+        us, _, config = times[0]
+        choices.append(case._asdict() | {"num_sms": num_sms, "us": round(us, 2), "config": dataclasses.asdict(config)})
+    choices.sort(key=lambda entry: (tuning.OPS.index(entry["op"]), entry["num_sms"], entry["groups"], entry["m"], entry["n"], entry["k"]))
+    file.write_text(json.dumps({"device": device_kind(), "jax": jax.__version__, "choices": choices}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

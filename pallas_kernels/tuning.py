@@ -1,12 +1,14 @@
 """Tile choices for the GEMM kernel: measured ones from data/<device>.json, and a rule for shapes that nobody has measured.
 
-`python -m pallas_kernels.tune OP` measures every candidate for the shapes of an op on the GPU it runs on and writes the file.
+`python -m pallas_kernels.tune OP` measures the most promising candidates for the shapes of an op on the GPU it runs on and writes the file.
+A Hopper GPU without a file uses another one's: their SMs are alike, only their memories differ.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -17,17 +19,30 @@ DATA = pathlib.Path(__file__).parent / "data"
 OPS = ("matmul", "grouped_matmul", "masked_matmul", "wgrad", "grouped_wgrad")
 
 
+class Case(NamedTuple):
+    """`groups` products of m rows on average, n columns and a depth of k."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    groups: int = 1
+
+
 def choose(op: str, m: int, n: int, k: int, num_sms: int, groups: int = 1) -> Config:
     """The configuration for `groups` products of m rows on average, n columns and a depth of k.
 
-    A measured choice is taken for the same op, n, k and number of SMs, and the nearest m within a factor of two.
+    A measured choice is taken for the same op, n and k: the nearest m within a factor of two, then the nearest number of groups and of SMs.
     """
-    near = [e for e in _measured(device_kind()) if (e["op"], e["n"], e["k"], e["num_sms"]) == (op, n, k, num_sms)]
-    near = [e for e in near if e["m"] <= 2 * m and m <= 2 * e["m"]]
+    near = [e for e in _measured(device_kind()) if (e["op"], e["n"], e["k"]) == (op, n, k) and e["m"] <= 2 * m and m <= 2 * e["m"]]
     if near:
-        best = min(near, key=lambda e: max(e["m"] / m, m / e["m"]))
+        best = min(near, key=lambda e: (_apart(e["m"], m), _apart(e["groups"], groups), _apart(e["num_sms"], num_sms)))
         return Config(**best["config"])
-    return rule(op, m, n, k, num_sms, groups)
+    return shortlist(Case(op, m, n, k, groups), num_sms)[0]
+
+
+def _apart(x, y) -> float:
+    return max(x / y, y / x)
 
 
 def data_file(kind: str) -> pathlib.Path:
@@ -36,17 +51,18 @@ def data_file(kind: str) -> pathlib.Path:
 
 @functools.cache
 def _measured(kind):
-    file = data_file(kind)
-    return json.loads(file.read_text())["choices"] if file.exists() else []
+    files = [data_file(kind), *sorted(DATA.glob("nvidia_*.json"))]
+    return next((json.loads(file.read_text())["choices"] for file in files if file.exists()), [])
 
 
-def rule(op: str, m: int, n: int, k: int, num_sms: int, groups: int = 1) -> Config:
-    """The candidate with the shortest estimated time: whole waves of tiles, each as long as its slower side, multiplying or loading.
+def shortlist(case: Case, num_sms: int) -> list[Config]:
+    """All candidates, the most promising first, and no tile shape a second time before each had its turn.
 
-    Clusters of four are left to measurement: how many of them a device can run at once differs from chip to chip.
+    A candidate's estimated time is that of whole waves of tiles, each as long as its slower side, multiplying or loading.
     """
-    options = [c for c in candidates(op, m) if c.cluster <= 2]
-    return min(options, key=lambda config: _estimate(config, op, m, n, k, num_sms, groups))
+    ranked = sorted(candidates(case.op, case.m), key=lambda config: _estimate(config, *case, num_sms))
+    kinds = [(config.tile_m, config.tile_n, config.split) for config in ranked]
+    return [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: (kinds[:i].count(kinds[i]), i))]
 
 
 def candidates(op: str, m: int) -> list[Config]:
@@ -81,7 +97,7 @@ def _deepest(config: Config, op: str) -> Config:
     return fits[-1]
 
 
-def _estimate(config: Config, op: str, m: int, n: int, k: int, num_sms: int, groups: int) -> float:
+def _estimate(config: Config, op: str, m: int, n: int, k: int, groups: int, num_sms: int) -> float:
     """Seconds, from an H200's peak rate and a guess of what its L2 delivers."""
     row_tiles = groups * (m / config.tile_m + 0.5) if op in ("grouped_matmul", "masked_matmul") else groups * -(-m // config.tile_m)
     tiles = row_tiles * -(-n // config.tile_n) * config.split_k

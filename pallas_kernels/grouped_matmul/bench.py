@@ -1,6 +1,7 @@
 """python -m pallas_kernels.grouped_matmul.bench: times the grouped products: equal groups, uneven groups, many ragged groups, decode."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,36 +33,33 @@ def draw(groups, mean, low, high, total=None):
 
 def main():
     bench.require_hopper()
-    columns = ("us", "TFLOP/s of rows", "TFLOP/s of rows in 128s", "of DeepGEMM (equal)", "error bf16", "error f32")
-    bench.header("groups x rows", "sizes", "N", "K", *columns)
+    cases = []
     for groups, rows, n, k in shapes.GROUPED:
-        b = bench.blocks(1, groups, n, k)
-        a = bench.tiles(0, groups * rows, k)
-        spreads = {"0 to 2": (0, 2)} if groups > 8 else {"equal": (1, 1), "0.7 to 1.3": (0.7, 1.3)}
-        for name, (low, high) in spreads.items():
-            sizes = draw(groups, rows, low, high, total=groups * rows)
-            measure(
-                f"{groups} x {rows}", name, n, k, grouped_fp8_matmul, (a, b, jnp.asarray(sizes)), sizes, DEEPGEMM.get((groups, rows, n, k))
-            )
-    for groups, mean, rows, n, k in shapes.MASKED:
-        a, b = bench.tiles(0, groups, rows, k), bench.blocks(1, groups, n, k)
-        counts = draw(groups, mean, 0.7, 1.3)
-        mark = DEEPGEMM[groups, mean, n, k]
-        measure(f"{groups} x {mean} of {rows}", "masked", n, k, masked_fp8_matmul, (a, b, jnp.asarray(counts)), counts, mark)
+        cases += [(groups, rows, None, spread, n, k) for spread in ([(0, 2)] if groups > 8 else [(1, 1), (0.7, 1.3)])]
+    cases += [(groups, mean, room, (0.7, 1.3), n, k) for groups, mean, room, n, k in shapes.MASKED]
+    columns = ("us", "TFLOP/s of rows", "TFLOP/s of rows in 128s", "GB/s", "of copy", "of DeepGEMM (equal)", "error bf16", "error f32")
+    bench.table(("groups", "mean rows", "room", "sizes over mean", "N", "K", *columns), measure, cases)
 
 
-def measure(shape, name, n, k, op, operands, sizes, mark):
+def measure(case):
+    groups, rows, room, spread, n, k = case
+    op = grouped_fp8_matmul if room is None else masked_fp8_matmul
+    sizes = draw(groups, rows, *spread, total=groups * rows if room is None else None)
+    a = bench.tiles(0, *([groups * rows] if room is None else [groups, room]), k)
+    operands = a, bench.blocks(1, groups, n, k), jnp.asarray(sizes)
     us = bench.microseconds(op, *operands)
-    padded = (-(-sizes // 128) * 128).sum()
+    mark = DEEPGEMM.get((groups, rows, n, k))
+    total, padded = float(sizes.sum()), float((-(-sizes // 128) * 128).sum())
+    rate = (total * k + int((sizes > 0).sum()) * n * k + 2 * total * n) / us / 1e3
     errors = [error(op, operands, sizes, dtype) for dtype in (jnp.bfloat16, jnp.float32)]
-    rates = (2 * float(sizes.sum()) * n * k / us / 1e6, 2 * float(padded) * n * k / us / 1e6)
-    bench.row(shape, name, n, k, us, *rates, us / mark if mark else "", *errors)
+    flops = 2 * n * k / us / 1e6
+    return us, total * flops, padded * flops, rate, rate / bench.copy_rate(), us / mark if mark else "", *errors
 
 
 def error(op, operands, sizes, dtype):
     """Relative error of the rows that belong to a group."""
-    got = op(*operands, out_dtype=dtype)
-    want = jax.jit(getattr(reference, op.__name__), static_argnames="out_dtype")(*operands, out_dtype=jnp.float32)
+    got = bench.compiled(functools.partial(op, out_dtype=dtype), *operands)(*operands)
+    want = bench.compiled(functools.partial(getattr(reference, op.__name__), out_dtype=jnp.float32), *operands)(*operands)
     if op is masked_fp8_matmul:
         valid = jnp.arange(got.shape[1])[None, :, None] < jnp.asarray(sizes)[:, None, None]
         got, want = jnp.where(valid, got, 0), jnp.where(valid, want, 0)

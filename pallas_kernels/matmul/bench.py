@@ -34,22 +34,26 @@ DEEPGEMM = {
 
 def main():
     bench.require_hopper()
-    columns = ("us", "TFLOP/s", "GB/s", "of DeepGEMM", "112 SMs: us", "of xla bf16", "of xla fp8", "error bf16", "error f32", "compile s")
-    bench.header("M", "N", "K", *columns)
-    for m, n, k in shapes.MNK:
-        a, b = bench.tiles(0, m, k), bench.blocks(1, n, k)
-        started = time.perf_counter()
-        jax.jit(fp8_matmul).lower(a, b).compile()
-        compiled = time.perf_counter() - started
-        us = bench.microseconds(fp8_matmul, a, b)
-        fewer = bench.microseconds(functools.partial(fp8_matmul, num_sms=112), a, b)
-        bf16, fp8 = bench.xla_dots(m, n, k)
-        want = reference.fp8_matmul(a, b, out_dtype=jnp.float32)
-        errors = [bench.relative_error(fp8_matmul(a, b, out_dtype=dtype), want) for dtype in (jnp.bfloat16, jnp.float32)]
-        mark = DEEPGEMM.get((m, n, k))
-        numbers = (us, 2 * m * n * k / us / 1e6, (m * k + n * k + 2 * m * n) / us / 1e3, us / mark if mark else "")
-        bench.row(m, n, k, *numbers, fewer, us / bf16, us / fp8, *errors, compiled)
+    rates = ("us", "TFLOP/s", "GB/s", "of copy", "of DeepGEMM", "112 SMs: us", "of xla bf16", "of xla fp8")
+    bench.table(("M", "N", "K", *rates, "error bf16", "error f32", "compile s"), measure, shapes.MNK)
     sustained()
+
+
+def measure(shape):
+    m, n, k = shape
+    a, b = bench.tiles(0, m, k), bench.blocks(1, n, k)
+    started = time.perf_counter()
+    kernel = bench.compiled(fp8_matmul, a, b)
+    seconds = time.perf_counter() - started
+    us = bench.microseconds(kernel, a, b)
+    fewer = bench.microseconds(functools.partial(fp8_matmul, num_sms=112), a, b)
+    bf16, fp8 = bench.xla_dots(m, n, k)
+    want = bench.compiled(functools.partial(reference.fp8_matmul, out_dtype=jnp.float32), a, b)(a, b)
+    wide = bench.compiled(functools.partial(fp8_matmul, out_dtype=jnp.float32), a, b)
+    errors = [bench.relative_error(got(a, b), want) for got in (kernel, wide)]
+    moved = (m * k + n * k + 2 * m * n) / us / 1e3
+    rates = us, 2 * m * n * k / us / 1e6, moved, moved / bench.copy_rate()
+    return *rates, us / DEEPGEMM[shape] if shape in DEEPGEMM else "", fewer, us / bf16, us / fp8, *errors, seconds
 
 
 def sustained(m=4096, n=7168, k=16384, seconds=1.0):
