@@ -12,6 +12,7 @@ them from a small int32 table on the device, so that group sizes never reach the
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -101,14 +102,31 @@ class Config:
 
 
 class Unit(NamedTuple):
-    """A row tile, in int32 scalars: it begins at row 8 * row8; rows [first, last) are stored; `steps` blocks of K from `block` on."""
+    """A row tile, in int32 scalars: it begins at row 8 * row8; `steps` blocks of K from `block` on.
+
+    valid: of a ragged problem, which of its rows are stored, from first to last: first << 16 | last.
+    """
 
     row8: Any
-    first: Any
-    last: Any
+    valid: Any
     group: Any
     block: Any
     steps: Any
+
+
+class Table(NamedTuple):
+    """Units on the device. rows: int32 [1 + units, columns]: how many units there are in the first entry of row 0, then a row for each;
+    known: the fields that all units share, as ints, and None for those that have a column."""
+
+    rows: Any
+    known: Unit
+
+    @classmethod
+    def of(cls, units: Unit, count):
+        """`units` has arrays [most] or ints as fields; the first `count` units are to be done."""
+        columns = jnp.stack([field.astype(jnp.int32) for field in units if not isinstance(field, int)], axis=1)
+        head = jnp.zeros_like(columns[:1]).at[0, 0].set(count.astype(jnp.int32))
+        return cls(jnp.concatenate([head, columns]), Unit(*(field if isinstance(field, int) else None for field in units)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +160,14 @@ def smem_bytes(config: Config, b_kind: str, out_dtype, *, ragged: bool) -> int:
 def block_scaled_gemm(config: Config, problem: Problem, a, b, *, table=None, out=None, num_sms: int, interpret=None):
     """Runs the kernel on Quantized `a` (tiles) and `b` (tiles or blocks); returns the output array, or nothing where it accumulates.
 
-    table: int32 [1 + units, 6]: how many units there are in the first entry of row 0, then a `Unit` in each row.
+    table: the units, if `problem` has no function for them.
     out: with `problem.accumulate`, the `jax.Ref` to add to.
     """
     operands = [a.values, a.stored_scales, b.values, b.stored_scales]
-    operands += [] if table is None else [table]
+    operands += [] if table is None else [table.rows]
     operands += [out] if problem.accumulate else []
     kernel = plgpu.kernel(
-        functools.partial(_body, config, problem, b.kind),
+        functools.partial(_body, config, problem, b.kind, table and table.known),
         out_type=() if problem.accumulate else problem.out_type,
         scratch_types=[_scratch(config, b.kind, problem.out_type.dtype, problem.ragged)],
         grid=(_clusters(num_sms, config.cluster),),
@@ -204,10 +222,10 @@ def swizzled(columns, dtype):
     return (plgpu.TilingTransform((ROWS, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
-def _body(config, problem, b_kind, a, sa, b, sb, *refs):
+def _body(config, problem, b_kind, known, a, sa, b, sb, *refs):
     *table, out, smem = refs
     warpgroup = lax.axis_index("wg")
-    tiles = _Tiles(config, problem, table[0] if table else None)
+    tiles = _Tiles(config, problem, Table(table[0], known) if table else None)
 
     @pl.when(warpgroup == config.warpgroups)
     def _():
@@ -227,7 +245,7 @@ class _Tiles:
 
     def __init__(self, config, problem, table):
         self.config, self.problem, self.table = config, problem, table
-        self.units = problem.units if table is None else table[0, 0]
+        self.units = problem.units if table is None else table.rows[0, 0]
         share_m, share_n = (config.cluster, 1) if config.multicast == "b" else (1, config.cluster)
         self.grid = pl.cdiv(self.units, share_m), pl.cdiv(pl.cdiv(problem.cols, config.tile_n), share_n)
 
@@ -239,8 +257,10 @@ class _Tiles:
             m = jnp.minimum(m * self.config.cluster + in_cluster, self.units - 1)  # the odd one out repeats its neighbour's tile
         else:
             n = n * self.config.cluster + in_cluster
-        unit = self.problem.unit(m) if self.table is None else Unit(*(self.table[m + 1, i] for i in range(len(Unit._fields))))
-        return unit, n
+        if self.table is None:
+            return self.problem.unit(m), n
+        columns = itertools.count()
+        return Unit(*(self.table.rows[m + 1, next(columns)] if field is None else field for field in self.table.known)), n
 
     def loop(self, body, init):
         """Folds carry = body(tile, next tile, carry). The next tile is located early, because that may read the table."""
@@ -400,16 +420,8 @@ def _store(config, problem, unit, row_in_tile, wave, col, values, out, smem, war
                     plgpu.copy_smem_to_gmem(staging.at[pl.ds(done, length)], to, **how)
 
     if problem.ragged:
-        low, high = jnp.clip(unit.first - row, 0, WAVE), jnp.clip(unit.last - row, 0, WAVE)
+        low, high = (jnp.clip(end - row_in_tile - wave * WAVE, 0, WAVE) for end in (unit.valid >> 16, unit.valid & 0xFFFF))
         pl.when(high - low == WAVE)(whole)
         pl.when((high > low) & (high - low < WAVE))(functools.partial(part, low, high))
     else:
         whole()
-
-
-def unit_table(units: Unit, count):
-    """The table of `block_scaled_gemm`: `units` has arrays [most] or scalars as fields, of which the first `count` units are to be done."""
-    most = max(jnp.size(field) for field in units)
-    rows = jnp.stack([jnp.broadcast_to(jnp.asarray(field, jnp.int32), (most,)) for field in units], axis=1)
-    head = jnp.zeros_like(rows[:1]).at[0, 0].set(jnp.asarray(count, jnp.int32))
-    return jnp.concatenate([head, rows])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.gemm import ROWS, Problem, Unit, block_scaled_gemm, unit_table
+from pallas_kernels.gemm import ROWS, Problem, Table, Unit, block_scaled_gemm
 from pallas_kernels.grouped_matmul.tiles import group_tiles
 from pallas_kernels.platform import device_sms
 from pallas_kernels.quantized import num_blocks, pad_operand
@@ -18,8 +18,9 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
 
     tiles = group_tiles(group_sizes, config.tile_m, m, align=ROWS)
     steps = jnp.where(tiles.group < groups, num_blocks(k), 0)  # nothing is multiplied for rows of no group: they become zeros
-    units = Unit(tiles.start // ROWS, tiles.first, tiles.last, jnp.minimum(tiles.group, groups - 1), 0, steps)
-    table = unit_table(units, jnp.sum(tiles.last > tiles.first))
+    valid = (tiles.first - tiles.start) << 16 | (tiles.last - tiles.start)
+    units = Unit(tiles.start // ROWS, valid, jnp.minimum(tiles.group, groups - 1), 0, steps)
+    table = Table.of(units, jnp.sum(tiles.last > tiles.first))
 
     problem = Problem(cols=n, out_type=jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), out_dtype), grouped=("b",), ragged=True)
     return block_scaled_gemm(config, problem, a, b, table=table, num_sms=num_sms, interpret=interpret)[:m, :n]
@@ -38,8 +39,7 @@ def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, con
     index = jnp.arange(groups * most, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(index[:, None] >= end[None, :], axis=1, dtype=jnp.int32), groups - 1)
     tile = index - (end - tiles)[group]
-    units = Unit(tile * (config.tile_m // ROWS), 0, 0, group, 0, num_blocks(k))
-    table = unit_table(units, end[-1])
+    table = Table.of(Unit(tile * (config.tile_m // ROWS), 0, group, 0, num_blocks(k)), end[-1])
 
     out_type = jax.ShapeDtypeStruct((groups, a.shape[1], b.shape[1]), out_dtype)
     problem = Problem(cols=n, out_type=out_type, grouped=("a", "b", "out"))

@@ -20,7 +20,7 @@ def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, num_sms=None, config=None, inter
 
     def unit(index):
         part, tile = index // m_tiles, index % m_tiles
-        return Unit(tile * (config.tile_m // ROWS), 0, 0, part, part * share, jnp.minimum(share, blocks - part * share))
+        return Unit(tile * (config.tile_m // ROWS), 0, part, part * share, jnp.minimum(share, blocks - part * share))
 
     shape = (a.shape[0], b.shape[0])
     problem = Problem(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.gemm import ROWS, Problem, Unit, block_scaled_gemm, unit_table
+from pallas_kernels.gemm import ROWS, Problem, Table, Unit, block_scaled_gemm
 from pallas_kernels.platform import device_sms
 from pallas_kernels.quantize.reference import padded_starts
 from pallas_kernels.quantized import BLOCK, num_blocks, pad_operand, pad_to
@@ -16,7 +16,7 @@ def fp8_wgrad(a, b, accumulate=None, *, num_sms=None, config=None, interpret=Non
     config = config or tuning.choose("wgrad", n, b.shape[0], tokens, num_sms)
 
     def unit(tile):
-        return Unit(tile * (config.tile_m // ROWS), 0, 0, 0, 0, num_blocks(tokens))
+        return Unit(tile * (config.tile_m // ROWS), 0, 0, 0, num_blocks(tokens))
 
     return _run(config, a, b, accumulate, (), num_sms, interpret, units=-(-n // config.tile_m), unit=unit)
 
@@ -28,8 +28,8 @@ def grouped_fp8_wgrad(a, b, group_sizes, accumulate=None, *, num_sms=None, confi
     m_tiles = -(-n // config.tile_m)
     group, tile = jnp.divmod(jnp.arange(groups * m_tiles, dtype=jnp.int32), m_tiles)
     starts = padded_starts(group_sizes) // BLOCK
-    units = Unit(tile * (config.tile_m // ROWS), 0, 0, group, starts[group], (starts[1:] - starts[:-1])[group])
-    table = unit_table(units, groups * m_tiles)
+    units = Unit(tile * (config.tile_m // ROWS), 0, group, starts[group], (starts[1:] - starts[:-1])[group])
+    table = Table.of(units, jnp.int32(groups * m_tiles))
     return _run(config, a, b, accumulate, (groups,), num_sms, interpret, table=table, grouped=("out",))
 
 
