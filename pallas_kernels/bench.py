@@ -20,7 +20,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels.quantize.reference import quantize_blocks, quantize_tiles
 
-PROCESSES = 12  # at most, for the sake of the GPU's memory
+PROCESSES = 16  # at most, for the sake of the GPU's memory
 _turn = None  # in a process of `in_processes`: the lock that it holds except while it compiles
 
 

@@ -21,11 +21,11 @@ from pallas_kernels.wgrad import shapes as wgrad_shapes
 
 
 def cases(op):
-    """Each as `tuning.choose` will be asked for it, with the number of rows of `a` in all."""
+    """Those that `tuning.choose` tells apart, each with the number of rows of `a` in all."""
     if op == "matmul":
-        return [(Case(op, m, n, k), m) for m, n, k in dense_shapes.MNK]
+        return [(Case(op, m, n, k), m) for m, n, k in dense_shapes.MNK if m in (64, 128, 4096)]
     if op == "grouped_matmul":
-        return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k in grouped_shapes.GROUPED]
+        return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k in grouped_shapes.GROUPED if rows != 4096]
     if op == "masked_matmul":  # the host knows only the room: the fuller ones decide, with few rows every choice waits for its weights
         return [(Case(op, min(rows, 128), n, k, groups), rows) for groups, mean, rows, n, k in grouped_shapes.MASKED if mean > 64]
     if op == "wgrad":
@@ -33,6 +33,7 @@ def cases(op):
     return [(Case(op, n, k, tokens, groups), n) for groups, tokens, n, k in wgrad_shapes.GROUPED]
 
 
+@functools.lru_cache(1)
 def build(case, rows):
     """The kernel of a case, a function of operands and config, and random operands."""
     op, m, n, k, groups = case
@@ -49,7 +50,7 @@ def build(case, rows):
 
 
 def measure(task):
-    """[(microseconds, bytes spilled, config)] of every config of a task, fastest first; what does not run is said and left out."""
+    """[(microseconds, bytes spilled, config)] of every config of a task; what does not run is said and left out."""
     (case, rows), configs, num_sms = task
     function, operands = build(case, rows)
     times = []
@@ -58,32 +59,37 @@ def measure(task):
             with aot.kernels_compiled() as kernels:
                 kernel = bench.compiled(functools.partial(function, config=config, num_sms=num_sms), *operands)
             us = bench.microseconds(kernel, *operands, calls=5)
-            times.append((us, sum(kernel.spilled_bytes for kernel in kernels), dataclasses.astuple(config)))
+            times.append((us, sum(kernel.spilled_bytes for kernel in kernels), config))
         except Exception as error:
             print(f"{case}: {config} does not run: {type(error).__name__}: {error}"[:500], flush=True)
-    return [(us, spilled, tuning.Config(*config)) for us, spilled, config in sorted(times)]
+    return times
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="+", choices=(*tuning.OPS, "all"))
     parser.add_argument("--num-sms", type=int, default=None, help="SMs that the kernels may use; all by default")
-    parser.add_argument("--most", type=int, default=14, help="how many choices to try for a shape: those with the shortest estimates")
     arguments = parser.parse_args()
     bench.require_hopper()
     num_sms = arguments.num_sms or device_sms()
     ops = tuning.OPS if "all" in arguments.ops else arguments.ops
-    tasks = [((case, rows), tuning.shortlist(case, num_sms)[: arguments.most], num_sms) for op in ops for case, rows in cases(op)]
+    tasks = []
+    for case, rows in [case for op in ops for case in cases(op)]:
+        configs = tuning.candidates(case.op, case.m)
+        tasks += [((case, rows), configs[i : i + 4], num_sms) for i in range(0, len(configs), 4)]
 
+    times = {case: [] for (case, _), *_ in tasks}
+    for ((case, _), *_), result in bench.in_processes(measure, tasks):
+        if isinstance(result, Exception):
+            raise result
+        times[case] += result
+        for us, spilled, config in result:
+            print(f"{case}: {us:.2f} us, {spilled} bytes spilled, {config}", flush=True)
     file = tuning.data_file(device_kind())
     choices = json.loads(file.read_text())["choices"] if file.exists() else []
     choices = [entry for entry in choices if (entry["op"], entry["num_sms"]) not in {(op, num_sms) for op in ops}]
-    for ((case, _), *_), times in bench.in_processes(measure, tasks):
-        if isinstance(times, Exception) or not times:
-            raise RuntimeError(f"{case}: no tile choice could be measured") from (times or None)
-        for us, spilled, config in times:
-            print(f"{case}: {us:.2f} us, {spilled} bytes spilled, {config}", flush=True)
-        us, _, config = times[0]
+    for case, measured in times.items():
+        us, _, config = min(measured, key=lambda row: row[:1])
         choices.append(case._asdict() | {"num_sms": num_sms, "us": round(us, 2), "config": dataclasses.asdict(config)})
     choices.sort(key=lambda entry: (tuning.OPS.index(entry["op"]), entry["num_sms"], entry["groups"], entry["m"], entry["n"], entry["k"]))
     file.write_text(json.dumps({"device": device_kind(), "jax": jax.__version__, "choices": choices}, indent=1) + "\n")

@@ -32,13 +32,18 @@ class Case(NamedTuple):
 def choose(op: str, m: int, n: int, k: int, num_sms: int, groups: int = 1) -> Config:
     """The configuration for `groups` products of m rows on average, n columns and a depth of k.
 
-    A measured choice is taken for the same op, n and k: the nearest m within a factor of two, then the nearest number of groups and of SMs.
+    A measured choice is taken for the same op, n and k and the nearest m, number of groups and of SMs, as long as the row tiles are of the
+    same kind: up to 64 rows there is one, within a factor of two the same number, and from 2048 rows on always enough.
     """
-    near = [e for e in _measured(device_kind()) if (e["op"], e["n"], e["k"]) == (op, n, k) and e["m"] <= 2 * m and m <= 2 * e["m"]]
-    if near:
-        best = min(near, key=lambda e: (_apart(e["m"], m), _apart(e["groups"], groups), _apart(e["num_sms"], num_sms)))
+    alike = [e for e in _measured(device_kind()) if (e["op"], e["n"], e["k"]) == (op, n, k) and _apart(*_kind(e["m"], m)) <= 2]
+    if alike:
+        best = min(alike, key=lambda e: (_apart(e["m"], m), _apart(e["groups"], groups), _apart(e["num_sms"], num_sms)))
         return Config(**best["config"])
-    return shortlist(Case(op, m, n, k, groups), num_sms)[0]
+    return min(candidates(op, m), key=lambda config: _estimate(config, op, m, n, k, groups, num_sms))
+
+
+def _kind(*rows):
+    return [min(max(m, 64), 2048) for m in rows]
 
 
 def _apart(x, y) -> float:
@@ -55,35 +60,26 @@ def _measured(kind):
     return next((json.loads(file.read_text())["choices"] for file in files if file.exists()), [])
 
 
-def shortlist(case: Case, num_sms: int) -> list[Config]:
-    """All candidates, the most promising first, and no tile shape a second time before each had its turn.
-
-    A candidate's estimated time is that of whole waves of tiles, each as long as its slower side, multiplying or loading.
-    """
-    ranked = sorted(candidates(case.op, case.m), key=lambda config: _estimate(config, *case, num_sms))
-    kinds = [(config.tile_m, config.tile_n, config.split) for config in ranked]
-    return [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: (kinds[:i].count(kinds[i]), i))]
-
-
 def candidates(op: str, m: int) -> list[Config]:
-    """Configurations that are worth trying for products of m rows, as deep as shared memory allows."""
-    tiles = [(64, cols, None) for cols in (16, 32, 56, 64, 96, 128)] + [(64, 128, "n"), (64, 256, "n")]
-    if m > 64:
-        tiles += [(128, 64, "m"), (128, 128, "m"), (128, 192, "m")]
-    if m > 128:
-        tiles += [(128, 256, "n"), (256, 128, "m")]
-    if op in ("wgrad", "grouped_wgrad"):
-        tiles = [(128, 128, "m"), (128, 192, "m"), (128, 256, "n"), (256, 128, "m")]
-    found = []
-    for tile_m, tile_n, split in tiles:
-        for cluster, multicast in ((1, "a"), (2, "a"), (4, "a"), (2, "b")):
-            if multicast == "b" and (op != "matmul" or m <= tile_m or tile_n % 16):
-                continue  # row tiles share b only in a plain grid, and each loads half of its 8-row pieces
-            for minor, width in (("n", 1), ("m", 8), ("m", 16)) if m > 128 else (("n", 1),):
-                found.append(_deepest(Config(tile_m, tile_n, 2, split, cluster, multicast, minor, width), op))
-        if op == "matmul" and m <= 128:
-            found += [_deepest(Config(tile_m, tile_n, 2, split, split_k=parts), op) for parts in (2, 4, 7)]
-    return found
+    """Configurations that are worth measuring for products of m rows, as deep as shared memory allows."""
+    few_rows = [(64, 16, None), (64, 32, None), (64, 64, None), (64, 128, None)]
+    wide = [(128, 192, "m"), (128, 256, "n"), (256, 128, "m")]
+    if op == "masked_matmul":
+        found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in [*few_rows[2:], (64, 256, "n"), (128, 128, "m"), *wide]]
+    elif m <= 64:
+        found = [Config(*tile, 2, split, cluster) for *tile, split in few_rows for cluster in (1, 2)]
+        found += [Config(64, 128, 2, split_k=2)] if op == "matmul" else []
+    elif m <= 128:
+        tiles = [*few_rows[1:3], (128, 64, "m"), (128, 128, "m"), (128, 192, "m")]
+        found = [Config(*tile, 2, split, 1 if tile[1] == 32 else 2) for *tile, split in tiles]
+        found += [Config(64, cols, 2, None, 2, "b") for cols in (64, 128)] + [Config(128, 64, 2, "m")] if op == "matmul" else []
+    else:
+        found = [Config(*tile, 2, split, 2, "a", "m", width) for *tile, split in wide for width in (8, 16)]
+        if op in ("matmul", "wgrad"):  # row tiles can share b only in a plain grid
+            found += [Config(*tile, 2, split, 2, "b", "m", width) for *tile, split in wide[:2] for width in (8, 16)]
+        if "wgrad" not in op:
+            found += [Config(256, 128, 2, "m", 2, "a", "m", width, ordered=True) for width in (8, 16)]
+    return [_deepest(config, op) for config in found]
 
 
 def _deepest(config: Config, op: str) -> Config:
