@@ -61,17 +61,20 @@ class Config:
 
     @property
     def warpgroups(self) -> int:
-        return 1 if self.split is None else 2
+        """How many multiply: three where a tile has 192 rows or columns along the split."""
+        if self.split is None:
+            return 1
+        return 3 if (self.tile_m if self.split == "m" else self.tile_n) == 192 else 2
 
     @property
     def wave_rows(self) -> int:
         """Rows of the tile that one warpgroup computes."""
-        return self.tile_m // 2 if self.split == "m" else self.tile_m
+        return self.tile_m // self.warpgroups if self.split == "m" else self.tile_m
 
     @property
     def wave_cols(self) -> int:
         """Columns of the tile that one warpgroup computes."""
-        return self.tile_n // 2 if self.split == "n" else self.tile_n
+        return self.tile_n // self.warpgroups if self.split == "n" else self.tile_n
 
     @property
     def piece(self) -> int:
@@ -82,7 +85,7 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that multiplies and of one that loads, where two warpgroups multiply: what ptxas does not spill with."""
-        return (224, 56)
+        return (152, 56) if self.warpgroups == 3 else (224, 56)
 
     @property
     def blocks_n(self) -> int:
@@ -229,13 +232,13 @@ def _body(config, problem, b_kind, known, a, sa, b, sb, *refs):
 
     @pl.when(warpgroup == config.warpgroups)
     def _():
-        if config.warpgroups == 2:
+        if config.warpgroups > 1:
             plgpu.set_max_registers(config.registers[1], action="decrease")
         _load(config, problem, b_kind, tiles, a, sa, b, sb, smem)
 
     @pl.when(warpgroup < config.warpgroups)
     def _():
-        if config.warpgroups == 2:
+        if config.warpgroups > 1:
             plgpu.set_max_registers(config.registers[0], action="increase")
         _multiply(config, problem, b_kind, tiles, out, smem, warpgroup)
 

@@ -74,7 +74,7 @@ def main():
     num_sms = arguments.num_sms or device_sms()
     ops = tuning.OPS if "all" in arguments.ops else arguments.ops
     tasks = []
-    for case, rows in [case for op in ops for case in cases(op)]:
+    for case, rows in sorted((case for op in ops for case in cases(op)), key=lambda case: -case[0].m * case[0].groups):
         configs = tuning.candidates(case.op, case.m)
         tasks += [((case, rows), configs[i : i + 4], num_sms) for i in range(0, len(configs), 4)]
 

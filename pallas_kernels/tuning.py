@@ -63,7 +63,7 @@ def _measured(kind):
 def candidates(op: str, m: int) -> list[Config]:
     """Configurations that are worth measuring for products of m rows, as deep as shared memory allows."""
     few_rows = [(64, 16, None), (64, 32, None), (64, 64, None), (64, 128, None)]
-    wide = [(128, 192, "m"), (128, 256, "n"), (256, 128, "m")]
+    wide = [(128, 192, "m"), (128, 256, "n"), (256, 128, "m"), (192, 128, "m")]
     if op == "masked_matmul":
         found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in [*few_rows[2:], (64, 256, "n"), (128, 128, "m"), *wide]]
     elif m <= 64:
@@ -74,11 +74,12 @@ def candidates(op: str, m: int) -> list[Config]:
         found = [Config(*tile, 2, split, 1 if tile[1] == 32 else 2) for *tile, split in tiles]
         found += [Config(64, cols, 2, None, 2, "b") for cols in (64, 128)] + [Config(128, 64, 2, "m")] if op == "matmul" else []
     else:
-        found = [Config(*tile, 2, split, 2, "a", "m", width) for *tile, split in wide for width in (8, 16)]
+        found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in wide]
+        found += [Config(*tile, 2, split, 2, "a", "m", 16) for *tile, split in wide[1:3]]
         if op in ("matmul", "wgrad"):  # row tiles can share b only in a plain grid
-            found += [Config(*tile, 2, split, 2, "b", "m", width) for *tile, split in wide[:2] for width in (8, 16)]
+            found += [Config(*tile, 2, split, 2, "b", "m", 8) for *tile, split in wide[:2]]
         if "wgrad" not in op:
-            found += [Config(256, 128, 2, "m", 2, "a", "m", width, ordered=True) for width in (8, 16)]
+            found += [Config(256, 128, 2, "m", 2, "a", "m", 8, ordered=True)]
     return [_deepest(config, op) for config in found]
 
 
