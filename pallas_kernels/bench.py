@@ -1,7 +1,7 @@
 """Timing of kernels on the GPU, shared by the ops' bench.py and by `tune`.
 
-Times are those of CUPTI, without launch overhead, and the median of several calls, each after 8 GB were written so that nothing of the
-operands is left in L2. Errors are relative to a float32 product of the dequantised operands.
+Times are those of CUPTI, without launch overhead, and the median of several calls, each after 4 GB were read and written in
+place, so that nothing of the operands is left in L2. Errors are relative to a float32 product of the dequantised operands.
 
 Compiling takes far longer than measuring: `in_processes` spreads a list of measurements over several processes, which compile side by side
 and take turns at the GPU.
@@ -25,6 +25,8 @@ _turn = None  # in a process of `in_processes`: the lock that it holds except wh
 
 
 def require_hopper():
+    """Called first by every command that measures."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to the processes of `in_processes`
     if jax.default_backend() != "gpu" or jax.local_devices()[0].compute_capability != "9.0":
         sys.exit("pallas_kernels: benchmarks need an NVIDIA Hopper GPU (sm_90)")
 
@@ -35,7 +37,7 @@ def in_processes(function, tasks):
     function, tasks: picklable. Between calls of `compiled` each process has the GPU for itself.
     """
     context = multiprocessing.get_context("spawn")
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU's memory
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"  # the processes share the GPU's memory: none keeps what it does not use
     todo, done, turn = context.Queue(), context.Queue(), context.Lock()
     workers = [
         context.Process(target=_work, args=(function, todo, done, turn), daemon=True)
@@ -75,14 +77,14 @@ def compiled(function, *operands):
 
 
 class _AfterFlush:
-    """A compiled function that is preceded by a write of 8 GB; a class, because the profiler compiles what does not look compiled."""
+    """A compiled function that is preceded by writes; a class, because the profiler compiles what does not look compiled."""
 
     def __init__(self, function):
-        self.function = function
+        self.function, self.buffer = function, jnp.zeros(2**28, jnp.float32)  # 1 GB
 
     def __call__(self, *operands):
-        for _ in range(8):
-            _flush(1.0).delete()
+        for _ in range(4):
+            self.buffer = _write(self.buffer)
         return self.function(*operands)
 
     def lower(self, *operands):
@@ -92,14 +94,13 @@ class _AfterFlush:
         return self.function.trace(*operands)
 
 
-@jax.jit
-def _flush(x):
-    return jnp.full(2**28, x)  # 1 GB
+_write = jax.jit(lambda x: x + 1, donate_argnums=0)
 
 
 @functools.cache
 def _flush_kernels():
-    return 8 * len(profiler.measure(_flush, aggregate=False)(1.0)[1])
+    flush = _AfterFlush(jax.jit(lambda: jnp.zeros(1)))
+    return len(profiler.measure(flush, aggregate=False)()[1]) - 1
 
 
 def microseconds(function, *operands, calls: int = 12) -> float:
@@ -153,18 +154,27 @@ def copy_rate() -> float:
     return 2 * x.nbytes / microseconds(lambda x: x + 1, x) / 1e3
 
 
-def table(columns, measure, cases):
-    """Prints a row for every case: its entries, then measure(case)."""
-    header(*columns)
+def tables(*wanted):
+    """Prints tables of (title, columns, measure, cases): a row for every case, its entries and then measure(case)."""
+    tasks = [(measure, case) for _, _, measure, cases in wanted for case in cases]
     results = {}
-    for case, result in in_processes(measure, cases):
-        results[case] = result
-        print(f"measured {len(results)} of {len(cases)}", file=sys.stderr, flush=True)
-    for case in cases:
-        failed = isinstance(results[case], Exception)
-        row(*("" if x is None else x for x in case), *([f"{type(results[case]).__name__}: {results[case]}"] if failed else results[case]))
+    for task, result in in_processes(_call, tasks):
+        results[task] = result
+        print(f"measured {len(results)} of {len(tasks)}", file=sys.stderr, flush=True)
+    for title, columns, measure, cases in wanted:
+        print(f"\n{title}: ", end="")
+        header(*columns)
+        for case in cases:
+            result = results[measure, case]
+            cells = [f"{type(result).__name__}: {result}"[:300]] if isinstance(result, Exception) else result
+            row(*("" if x is None else x for x in case), *cells)
     if any(isinstance(result, Exception) for result in results.values()):
         sys.exit("some rows could not be measured")
+
+
+def _call(task):
+    measure, case = task
+    return measure(case)
 
 
 def header(*columns):

@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,6 @@ def cases(op):
     return [(Case(op, n, k, tokens, groups), n) for groups, tokens, n, k in wgrad_shapes.GROUPED]
 
 
-@functools.lru_cache(1)
 def build(case, rows):
     """The kernel of a case, a function of operands and config, and random operands."""
     op, m, n, k, groups = case
@@ -49,10 +49,16 @@ def build(case, rows):
     return wgrad.grouped_fp8_wgrad, (*operands, jnp.full(groups, k, jnp.int32))
 
 
+_built = {}  # the case at hand, in each process
+
+
 def measure(task):
     """[(microseconds, bytes spilled, config)] of every config of a task; what does not run is said and left out."""
     (case, rows), configs, num_sms = task
-    function, operands = build(case, rows)
+    if case not in _built:
+        _built.clear()  # first: two cases may not fit
+        _built[case] = build(case, rows)
+    function, operands = _built[case]
     times = []
     for config in configs:
         try:
@@ -76,12 +82,14 @@ def main():
     tasks = []
     for case, rows in sorted((case for op in ops for case in cases(op)), key=lambda case: -case[0].m * case[0].groups):
         configs = tuning.candidates(case.op, case.m)
-        tasks += [((case, rows), configs[i : i + 4], num_sms) for i in range(0, len(configs), 4)]
+        part = 4 if case.groups == 1 else len(configs)  # large operands in one process only
+        tasks += [((case, rows), configs[i : i + part], num_sms) for i in range(0, len(configs), part)]
 
     times = {case: [] for (case, _), *_ in tasks}
     for ((case, _), *_), result in bench.in_processes(measure, tasks):
         if isinstance(result, Exception):
-            raise result
+            print(f"{case}: {type(result).__name__}: {result}"[:500], flush=True)
+            continue
         times[case] += result
         for us, spilled, config in result:
             print(f"{case}: {us:.2f} us, {spilled} bytes spilled, {config}", flush=True)
@@ -89,6 +97,8 @@ def main():
     choices = json.loads(file.read_text())["choices"] if file.exists() else []
     choices = [entry for entry in choices if (entry["op"], entry["num_sms"]) not in {(op, num_sms) for op in ops}]
     for case, measured in times.items():
+        if not measured:
+            sys.exit(f"{case}: nothing could be measured; nothing was written")
         us, _, config = min(measured, key=lambda row: row[:1])
         choices.append(case._asdict() | {"num_sms": num_sms, "us": round(us, 2), "config": dataclasses.asdict(config)})
     choices.sort(key=lambda entry: (tuning.OPS.index(entry["op"]), entry["num_sms"], entry["groups"], entry["m"], entry["n"], entry["k"]))

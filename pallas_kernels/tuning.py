@@ -62,24 +62,20 @@ def _measured(kind):
 
 def candidates(op: str, m: int) -> list[Config]:
     """Configurations that are worth measuring for products of m rows, as deep as shared memory allows."""
-    few_rows = [(64, 16, None), (64, 32, None), (64, 64, None), (64, 128, None)]
-    wide = [(128, 192, "m"), (128, 256, "n"), (256, 128, "m"), (192, 128, "m")]
+    wide = [(128, 192, "m"), (128, 256, "n"), (192, 128, "m")]
     if op == "masked_matmul":
-        found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in [*few_rows[2:], (64, 256, "n"), (128, 128, "m"), *wide]]
+        found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in [(64, 256, "n"), (128, 128, "m"), (256, 128, "m"), *wide]]
     elif m <= 64:
-        found = [Config(*tile, 2, split, cluster) for *tile, split in few_rows for cluster in (1, 2)]
-        found += [Config(64, 128, 2, split_k=2)] if op == "matmul" else []
+        found = [Config(64, cols, 2, None, cluster) for cols, cluster in ((16, 2), (32, 2), (64, 1), (64, 2), (128, 2))]
     elif m <= 128:
-        tiles = [*few_rows[1:3], (128, 64, "m"), (128, 128, "m"), (128, 192, "m")]
-        found = [Config(*tile, 2, split, 1 if tile[1] == 32 else 2) for *tile, split in tiles]
-        found += [Config(64, cols, 2, None, 2, "b") for cols in (64, 128)] + [Config(128, 64, 2, "m")] if op == "matmul" else []
+        found = [Config(64, 32, 2), Config(64, 64, 2, None, 2), Config(128, 64, 2, "m")]
+        found += [Config(128, cols, 2, "m", 2) for cols in (128, 192)]
+        found += [Config(64, 128, 2, None, 2, "b")] if op == "matmul" else []
     else:
         found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in wide]
-        found += [Config(*tile, 2, split, 2, "a", "m", 16) for *tile, split in wide[1:3]]
+        found += [Config(256, 128, 2, "m", 2, "a", "m", 8, ordered="wgrad" not in op)]
         if op in ("matmul", "wgrad"):  # row tiles can share b only in a plain grid
             found += [Config(*tile, 2, split, 2, "b", "m", 8) for *tile, split in wide[:2]]
-        if "wgrad" not in op:
-            found += [Config(256, 128, 2, "m", 2, "a", "m", 8, ordered=True)]
     return [_deepest(config, op) for config in found]
 
 

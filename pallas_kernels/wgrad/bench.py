@@ -6,12 +6,6 @@ from pallas_kernels import bench
 from pallas_kernels.wgrad import fp8_wgrad, grouped_fp8_wgrad, reference, shapes
 
 
-def main():
-    bench.require_hopper()
-    cases = [(1, tokens, n, k) for n, k, tokens in shapes.DENSE] + list(shapes.GROUPED)
-    bench.table(("groups", "tokens of each", "N", "K", "us", "TFLOP/s", "accumulating: us", "error"), measure, cases)
-
-
 def measure(case):
     groups, tokens, n, k = case
     operands = bench.tiles(0, n, groups * tokens), bench.tiles(1, k, groups * tokens)
@@ -26,5 +20,9 @@ def measure(case):
     return us, 2 * n * k * groups * tokens / us / 1e6, adding, error
 
 
+CASES = (*((1, tokens, n, k) for n, k, tokens in shapes.DENSE), *shapes.GROUPED)
+TABLE = "Weight gradients", ("groups", "tokens of each", "N", "K", "us", "TFLOP/s", "accumulating: us", "error"), measure, CASES
+
 if __name__ == "__main__":
-    main()
+    bench.require_hopper()
+    bench.tables(TABLE)
