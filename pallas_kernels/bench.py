@@ -160,7 +160,7 @@ def tables(*wanted):
     results = {}
     for task, result in in_processes(_call, tasks):
         results[task] = result
-        print(f"measured {len(results)} of {len(tasks)}", file=sys.stderr, flush=True)
+        print(f"{len(results)} of {len(tasks)}:", task[1], result, file=sys.stderr, flush=True)
     for title, columns, measure, cases in wanted:
         print(f"\n{title}: ", end="")
         header(*columns)
