@@ -36,11 +36,11 @@ LINE = 32  # float32 values of 128 bytes, to which a TMA copy must be aligned in
 class Config:
     """Tile choices for one shape; see tuning.py.
 
-    tile_m, tile_n: the CTA's output tile. stages: depth of the load ring. split: the axis, "m" or "n", along which two math warpgroups
-    share the tile; None for one warpgroup. cluster: how many CTAs work on neighbouring tiles; multicast: the operand, "a" or "b", that
-    they share and load once. minor, width: the order of tiles (`plgpu.planar_snake`), for reuse in L2. split_k: parts of K that are
-    computed apart and summed afterwards, to fill the device when there are few tiles.
-    ordered: two math warpgroups take turns at issuing their WGMMAs.
+    tile_m, tile_n: the CTA's output tile. stages: depth of the load ring. split: the axis, "m" or "n", along which two or three math
+    warpgroups share the tile; None for one warpgroup. cluster: how many CTAs work on neighbouring tiles; multicast: the operand, "a" or
+    "b", that they share and load once. minor, width: the order of tiles (`plgpu.planar_snake`), for reuse in L2. split_k: parts of K
+    that are computed apart and summed afterwards, to fill the device when there are few tiles.
+    ordered: the math warpgroups, which are two, take turns at issuing their WGMMAs.
     """
 
     tile_m: int
@@ -53,11 +53,12 @@ class Config:
     width: int = 1
     split_k: int = 1
     ordered: bool = False
-    most_slots: int = 4
 
     def __post_init__(self):
         if self.cluster > 1 and self.multicast == "b" and self.split_k > 1:
             raise ValueError("split_k: expected 1 where row tiles share b, because its parts have different blocks of K")
+        if self.ordered and self.warpgroups != 2:
+            raise ValueError(f"ordered: expected two math warpgroups, got {self.warpgroups}")
 
     @property
     def warpgroups(self) -> int:
@@ -101,7 +102,7 @@ class Config:
         """How many such pieces [64, staged] a warpgroup keeps in SMEM: all of its tile if it has up to four, so that nothing waits."""
         in_wave = self.wave_cols // self.staged(dtype)
         pieces = self.wave_rows // WAVE * in_wave
-        return max(s for s in range(1, self.most_slots + 1) if in_wave % s == 0 or (s % in_wave == 0 and s <= pieces))
+        return max(s for s in range(1, 5) if in_wave % s == 0 or (s % in_wave == 0 and s <= pieces))
 
 
 class Unit(NamedTuple):

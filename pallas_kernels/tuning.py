@@ -91,17 +91,20 @@ def _deepest(config: Config, op: str) -> Config:
 
 
 def _estimate(config: Config, op: str, m: int, n: int, k: int, groups: int, num_sms: int) -> float:
-    """Seconds, from an H200's peak rate and a guess of what its L2 delivers."""
+    """Seconds, from the peak rate and what L2 was seen to deliver."""
     row_tiles = groups * (m / config.tile_m + 0.5) if op in ("grouped_matmul", "masked_matmul") else groups * -(-m // config.tile_m)
     tiles = row_tiles * -(-n // config.tile_n) * config.split_k
     waves = -(-tiles // num_sms)
     depth = k / config.split_k
-    multiply = 2 * config.tile_m * config.tile_n * depth / (PEAK_FLOPS / num_sms * _EFFICIENCY.get((config.tile_m, config.tile_n), 0.4))
+    efficiency = (_WGRAD_EFFICIENCY if "wgrad" in op else _EFFICIENCY).get((config.tile_m, config.tile_n), 0.4)
+    multiply = 2 * config.tile_m * config.tile_n * depth / (PEAK_FLOPS / num_sms * efficiency)
     shared_a, shared_b = (config.cluster if config.multicast == operand else 1 for operand in ("a", "b"))
     load = (min(m, config.tile_m) / shared_a + config.tile_n / shared_b) * depth / (L2_BYTES_PER_SECOND / num_sms)
     sum_parts = 3e-6 + 8 * m * n * config.split_k / L2_BYTES_PER_SECOND if config.split_k > 1 else 0
     return waves * max(multiply, load) + sum_parts
 
 
-PEAK_FLOPS, L2_BYTES_PER_SECOND = 1979e12, 6e12
-_EFFICIENCY = {(256, 128): 0.68, (128, 256): 0.67, (128, 192): 0.67, (128, 128): 0.6, (64, 256): 0.5}  # by tile, of a prototype on an H200
+PEAK_FLOPS, L2_BYTES_PER_SECOND = 1979e12, 7.5e12
+# of the peak, by tile, measured on an H100; the second scale of a weight gradient costs least where three warpgroups multiply
+_EFFICIENCY = {(256, 128): 0.67, (128, 256): 0.68, (128, 192): 0.62, (192, 128): 0.6, (128, 128): 0.55, (64, 256): 0.5}
+_WGRAD_EFFICIENCY = {(256, 128): 0.49, (128, 256): 0.49, (128, 192): 0.45, (192, 128): 0.5}

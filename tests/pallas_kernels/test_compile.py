@@ -108,3 +108,19 @@ def test_checked_in_choices_are_of_known_ops():
         for entry in tuning.json.loads(file.read_text())["choices"]:
             assert entry["op"] in tuning.OPS
             tuning.Config(**entry["config"])
+
+
+def test_any_number_of_rows_finds_a_choice_and_fewer_sms_the_same(monkeypatch):
+    """Choices of one op, n and k hold for every m of the same kind of row tiles, for any number of SMs, and on a card without data."""
+    entries = [
+        {"op": "matmul", "m": m, "n": 7168, "k": 2048, "groups": 1, "num_sms": 132, "config": vars(tuning.Config(64, cols, 2))}
+        for m, cols in ((64, 16), (128, 32), (4096, 64))
+    ]
+    monkeypatch.setattr(tuning, "_measured", lambda kind: entries)
+    chosen = {m: tuning.choose("matmul", m, 7168, 2048, 112).tile_n for m in (1, 64, 100, 200, 3000, 100_000)}
+    assert chosen == {1: 16, 64: 16, 100: 32, 200: 32, 3000: 64, 100_000: 64}
+    assert tuning.choose("matmul", 700, 7168, 2048, 132) in tuning.candidates("matmul", 700)  # between the kinds: estimated
+
+
+def test_a_card_without_data_uses_anothers():
+    assert tuning._measured("NVIDIA H20") == tuning._measured("NVIDIA H100 80GB HBM3") != []

@@ -51,6 +51,21 @@ def test_masked():
     assert bench.relative_error(got, grouped_reference.masked_fp8_matmul(a, b, counts, out_dtype=jnp.float32)) < 2e-3
 
 
+def test_products_under_vmap():
+    sizes = jnp.asarray([[100, 156], [256, 0], [7, 249]], jnp.int32)
+    a, b, stacked = bench.tiles(0, 3, 256, 512), bench.blocks(1, 3, 384, 512), bench.blocks(1, 3, 2, 384, 512)
+    for op, *operands in [
+        (pk.fp8_matmul, a, b),
+        (pk.grouped_fp8_matmul, a, stacked, sizes),
+        (pk.masked_fp8_matmul, bench.tiles(0, 3, 2, 256, 512), stacked, jnp.full((3, 2), 256, jnp.int32)),
+        (pk.fp8_wgrad, a, bench.tiles(1, 3, 384, 512)),
+    ]:
+        got = jax.jit(jax.vmap(op))(*operands)
+        for i in range(3):
+            one = jax.tree.map(lambda x, i=i: x[i], operands)
+            np.testing.assert_array_equal(np.asarray(got[i].astype(jnp.float32)), np.asarray(jax.jit(op)(*one).astype(jnp.float32)))
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_wgrad(accumulate):
     sizes = jnp.asarray([1000, 0, 1, 3095], jnp.int32)

@@ -43,6 +43,8 @@ def test_dense_equals_the_vectors(implementation):
         (130, 200, 384, Config(128, 192, 2, "m")),
         (520, 128, 256, Config(256, 128, 2, "m", cluster=2, multicast="b")),
         (300, 256, 384, Config(128, 256, 2, "n", minor="m", width=8)),
+        (200, 256, 640, Config(192, 128, 2, "m", cluster=2)),  # three math warpgroups
+        (300, 128, 640, Config(256, 128, 3, "m", ordered=True)),
     ],
 )
 def test_dense(implementation, m, n, k, config):
