@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 import dsv3_jax
+from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import eplb
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.serving import Engine, SamplingParams, runner
+from dsv3_jax.serving.balance import check
+from dsv3_jax.serving.ranks import Ranks
 
 GREEDY = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
 
@@ -105,3 +108,16 @@ def test_an_fp8_checkpoint_is_served_as_it_is_stored(oracle):
     assert all(leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // 2 for leaf in experts.values())
     engine = Engine(loaded.decoder, loaded.params, mesh=mesh, max_length=256, num_pages=16, max_batch=8, prefill_tokens=64, consume=True)
     assert [c.tokens for c in engine.generate(model.prompts.tolist(), GREEDY)] == model.greedy_tokens.tolist()
+
+
+def test_meshes_that_cannot_serve_are_refused(plain):
+    for text, message in [("pipe=2", "pipe=2 is not for serving"), ("expert=2x2", "expert in one piece: expert=4")]:
+        with pytest.raises(UserError, match=message):
+            Ranks.of(mesh_of(text))
+    assert Ranks.of(mesh_of("data=1")) == Ranks.of(None)
+    config, spread = plain.config, Ranks.of(mesh_of("expert=4"))
+    check(config, spread, 8)
+    with pytest.raises(UserError, match="6 redundant experts do not divide over expert=4: the nearest is 8"):
+        check(config, spread, 6)
+    with pytest.raises(UserError, match="give a mesh with expert=2 or more"):
+        check(config, Ranks.of(mesh_of("data=2")), 2)
