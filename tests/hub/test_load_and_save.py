@@ -158,12 +158,12 @@ def test_several_files_with_an_index(raw, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "weights"), [("tiny_s_plain", "stored"), ("tiny_e_fp8_mtp", "stored"), ("tiny_e_fp8_mtp", "dequantised")])
 def test_on_a_mesh(name, weights):
     """Experts lie over `expert`, the rest is everywhere; every value is where one device would have it."""
-    mesh = jax.make_mesh((4, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
     alone, spread = dsv3_jax.load(MODELS / name, weights=weights), dsv3_jax.load(MODELS / name, weights=weights, mesh=mesh)
     equal_trees(alone.params, spread.params)
     down = spread.params["moe_layers"]["mlp"]["experts"]["down_proj"]
     assert {shard.data.shape[1] for shard in down.addressable_shards} == {down.shape[1] // 2}
-    assert len(spread.params["embed"].sharding.device_set) == 8
+    assert len(spread.params["embed"].sharding.device_set) == 4
     ids = np.arange(24).reshape(2, 12)
     np.testing.assert_allclose(spread(ids), alone(ids), rtol=0, atol=1e-5)
 
