@@ -217,6 +217,8 @@ class MoE(Module):
             routing = routing.only(used_BS.reshape(-1))
         y_TD, fill = self.exchange(x_BSD.reshape(-1, x_BSD.shape[-1]), routing, self.experts)
         y_BSD = y_TD.reshape(x_BSD.shape)
+        if used_BS is not None:  # rows of no expert may hold anything, and the values of a NaN key make NaN of all who look past it
+            y_BSD = jnp.where(used_BS[..., None], y_BSD, 0)
         if hasattr(self, "shared_experts"):
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD, routing.stats._replace(fill=fill)

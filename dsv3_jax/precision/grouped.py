@@ -62,7 +62,8 @@ def _matmul(x_RK, w, group_sizes_E, *, transposed, filled=False, precision=None,
     slot_R, group_of_block, num_blocks, block_rows = _blocks(group_sizes_E, x_RK.shape[0])
     x_blocks = _to_blocks(x_RK, slot_R, num_blocks, block_rows)
     y_blocks = jnp.einsum("bmk,bnk->bmn" if transposed else "bmk,bkn->bmn", x_blocks, w[group_of_block], precision=precision)
-    return y_blocks.reshape(num_blocks * block_rows, -1).at[slot_R].get(mode="fill", fill_value=0)
+    unwritten = jnp.nan if filled else 0  # what the kernel leaves may be anything: whoever looks at it is to notice
+    return y_blocks.reshape(num_blocks * block_rows, -1).at[slot_R].get(mode="fill", fill_value=unwritten)
 
 
 def _weight_gradient(x_RK, dy_RN, group_sizes_E, *, precision=None, num_sms=None):
