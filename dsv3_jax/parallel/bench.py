@@ -56,7 +56,11 @@ def profile(run: Callable[[], object], group_of: Callable[[str], str] = lambda o
         (file,) = Path(directory).glob("**/*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
         devices = [_kernels(plane, group_of) for plane in planes if plane.name.startswith("/device:GPU")]
-    devices = [kernels for kernels in devices if kernels]
+    return busy([kernels for kernels in devices if kernels])
+
+
+def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]:
+    """`profile` from each device's kernels, as `_kernels` gives them."""
     found = {}
     for group in sorted({group for kernels in devices for _, _, group, _ in kernels}):
         rows = []
@@ -70,13 +74,16 @@ def profile(run: Callable[[], object], group_of: Callable[[str], str] = lambda o
 
 
 def _kernels(plane, group_of) -> list[tuple[float, float, str, bool]]:
-    """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams."""
-    found = []
-    for line in plane.lines:
-        if line.name.startswith("Stream"):
-            for event in line.events:
-                op = dict(event.stats).get("hlo_op", "")
-                found.append((event.start_ns, event.start_ns + event.duration_ns, group_of(op), "nccl" in event.name.lower()))
+    """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams, in order of the start.
+
+    What runs asynchronously is not always told to be of an operation: it counts to the group of what was started before it.
+    """
+    events = [event for line in plane.lines if line.name.startswith("Stream") for event in line.events]
+    found, group = [], ""
+    for event in sorted(events, key=lambda event: event.start_ns):
+        if op := dict(event.stats).get("hlo_op", ""):
+            group = group_of(op)
+        found.append((event.start_ns, event.start_ns + event.duration_ns, group, "nccl" in event.name.lower()))
     return found
 
 
