@@ -103,12 +103,17 @@ def _flush_kernels():
     return len(profiler.measure(flush, aggregate=False)()[1]) - 1
 
 
-def microseconds(function, *operands, calls: int = 12) -> float:
-    """Median time of function(*operands) on the GPU: the sum of its kernels, with a cold L2."""
+def runs(function, *operands, calls: int = 12) -> list[list[float]]:
+    """Microseconds of every kernel of function(*operands), in order, with a cold L2: one list for each call."""
     function = compiled(function, *operands)
     flushes = _flush_kernels()
     _, times = profiler.measure(_AfterFlush(function), aggregate=False, iterations=calls)(*operands)
-    return statistics.median(1e3 * sum(milliseconds for _, milliseconds in kernels[flushes:]) for kernels in times)
+    return [[1e3 * milliseconds for _, milliseconds in kernels[flushes:]] for kernels in times]
+
+
+def microseconds(function, *operands, calls: int = 12) -> float:
+    """Median time of function(*operands) on the GPU: the sum of its kernels, with a cold L2."""
+    return statistics.median(map(sum, runs(function, *operands, calls=calls)))
 
 
 def normal(seed: int, *shape, dtype=jnp.bfloat16):

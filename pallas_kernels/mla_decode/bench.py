@@ -1,10 +1,13 @@
 """python -m pallas_kernels.mla_decode.bench: times `mla_decode` at the shapes FlashMLA was timed at, and at few long and few-headed ones.
 
-`us` is all that runs on the GPU: schedule, attention, merge; `schedule` is the first of them by itself, which a model of many layers
-computes once. FlashMLA's times are of its attention and combine kernels, so `of FlashMLA` compares us - schedule with them.
+Everything is compiled first and measured afterwards, over one pool of pages in random order, of which each shape uses a part: lengths do
+not compile anything. `us` is attention and merge, as FlashMLA's times are; `before` is the schedule, which a model of many layers computes
+once. `of copy` is the rate at which queries, cache and output are moved, over that of a copy on the same card. Last come errors, and the
+times of XLA's own attention over the gathered cache.
 """
 
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +16,38 @@ import numpy as np
 from pallas_kernels import bench
 from pallas_kernels.mla_decode import mla_decode, reference
 from pallas_kernels.mla_decode.cache import PAGE_SIZE, encode
-from pallas_kernels.mla_decode.schedule import make_schedule
 from pallas_kernels.mla_decode.shapes import BENCHMARK, Shape
-from pallas_kernels.platform import device_sms
 
 SCALE = 192**-0.5
+PAGES, STEP = 128 * 260, 128  # of the pool; pages made at a time, so that nothing much larger than the pool is in memory
+WIDTH = {128: 260, 8: 2048, 1: 2048}  # of the page table, by batch size
+CHECKED = 64 * PAGE_SIZE  # tokens of a sequence at which the error is measured
+COLUMNS = ("batch", "new", "heads", "length", "cache", "us", "before", "TFLOP/s", "TB/s", "of copy", "tokens/us", "FlashMLA", "ratio")
 
 
-def operands(shape: Shape):
-    """Clipped normal values / 10 and pages in random order, as FlashMLA's own benchmark has them."""
-    rng = np.random.default_rng(0)
-    lengths = np.full(shape.batch, shape.length)
-    if shape.ragged:
-        lengths = np.maximum(rng.normal(shape.length, shape.length / 2, shape.batch).astype(int), shape.queries)
-    pages = -(-int(lengths.max()) // PAGE_SIZE)
-    num_pages = shape.batch * pages
-    table = rng.permutation(num_pages).reshape(shape.batch, pages).astype(np.int32)
-    pool = jnp.clip(bench.normal(0, num_pages, PAGE_SIZE, 576) / 10, -1, 1)
-    if shape.fp8:
-        pool = jax.lax.map(encode, pool, batch_size=256)
-    q = jnp.clip(bench.normal(1, shape.batch, shape.queries, shape.heads, 576) / 10, -1, 1)
-    return q, pool, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+def lengths(shape: Shape):
+    if not shape.ragged:
+        return np.full(shape.batch, shape.length, np.int32)
+    drawn = np.random.default_rng(0).normal(shape.length, shape.length / 2, shape.batch)
+    return np.clip(drawn, shape.queries, 2 * shape.length).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def make_pool(fp8):
+    """Clipped normal values / 10, as FlashMLA's own benchmark has them."""
+
+    def make(i):
+        latent = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (STEP, PAGE_SIZE, 576), jnp.bfloat16)
+        latent = jnp.clip(latent / 10, -1, 1)
+        return encode(latent) if fp8 else latent
+
+    pool = jax.lax.map(make, jnp.arange(PAGES // STEP))
+    return pool.reshape(PAGES, PAGE_SIZE, pool.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def make_queries(shape):
+    return jnp.clip(jax.random.normal(jax.random.key(1), shape, jnp.bfloat16) / 10, -1, 1)
 
 
 def xla_attention(q, kv_pages, page_table, lengths):
@@ -46,31 +60,84 @@ def xla_attention(q, kv_pages, page_table, lengths):
     return jnp.einsum("bshk,bkv->bshv", weights.astype(q.dtype), kv[..., :512])
 
 
-def error_of_first(q, pool, table, lengths, out, count=4):
-    """Relative error of some sequences against the float32 reference."""
-    want, _ = reference.mla_decode(q[:count], pool, table[:count], lengths[:count], softmax_scale=SCALE, out_dtype=jnp.float32)
+def program_of(shape: Shape):
+    """What is compiled once for all shapes that differ in lengths only."""
+    return shape.batch, shape.queries, shape.heads, shape.fp8
+
+
+def compile_programs(shapes):
+    """{program: (decode, reference)}"""
+    programs = {}
+    for batch, queries, heads, fp8 in dict.fromkeys(map(program_of, shapes)):
+        count = min(batch, 2)
+        pool = jax.eval_shape(functools.partial(make_pool, fp8))
+        q, table, counts = (batch, queries, heads, 576), (batch, WIDTH[batch]), (batch,)
+        args = jax.ShapeDtypeStruct(q, jnp.bfloat16), pool, jax.ShapeDtypeStruct(table, jnp.int32), jax.ShapeDtypeStruct(counts, jnp.int32)
+        few = [
+            jax.ShapeDtypeStruct((count, *q[1:]), jnp.bfloat16),
+            pool,
+            jax.ShapeDtypeStruct((count, CHECKED // PAGE_SIZE), jnp.int32),
+            jax.ShapeDtypeStruct((count,), jnp.int32),
+        ]
+        plain = functools.partial(reference.mla_decode, softmax_scale=SCALE, out_dtype=jnp.float32)
+        decode = jax.jit(functools.partial(mla_decode, softmax_scale=SCALE)).lower(*args).compile()
+        programs[batch, queries, heads, fp8] = decode, jax.jit(plain).lower(*few).compile()
+    return programs
+
+
+def operands(shape: Shape, pool):
+    table = np.random.default_rng(0).permutation(PAGES).astype(np.int32)[: shape.batch * WIDTH[shape.batch]]
+    q = make_queries((shape.batch, shape.queries, shape.heads, 576))
+    return q, pool, jnp.asarray(table.reshape(shape.batch, -1)), jnp.asarray(lengths(shape))
+
+
+def error(programs, shape: Shape, pool):
+    """Relative error of the first sequences, cut to some 4,000 tokens, against the float32 reference."""
+    decode, plain = programs[program_of(shape)]
+    q, _, table, full = operands(shape, pool)
+    some = jnp.minimum(full, CHECKED - 27)
+    out, _ = decode(q, pool, table, some)
+    count = min(shape.batch, 2)
+    want, _ = plain(q[:count], pool, table[:count, : CHECKED // PAGE_SIZE], some[:count])
     return bench.relative_error(out[:count], want)
+
+
+def measure(programs, shape: Shape, pool, copied):
+    """A row of the table. copied: GB/s of a copy."""
+    args = operands(shape, pool)
+    runs = bench.runs(programs[program_of(shape)][0], *args)
+    attend = max(range(len(runs[0])), key=lambda i: runs[0][i])  # the attention is the longest kernel
+    before, us = (statistics.median(sum(run[part]) for run in runs) for part in (slice(attend), slice(attend, None)))
+    tokens = int(lengths(shape).sum())
+    work = tokens / (shape.batch * shape.length)  # of a ragged draw, against its mean
+    rate = work * shape.bytes / us / 1e6
+    ratio = us / shape.flashmla_us if shape.flashmla_us else ""
+    length = f"{shape.length} ragged" if shape.ragged else shape.length
+    cells = shape.batch, shape.queries, shape.heads, length, "fp8" if shape.fp8 else "bf16"
+    return *cells, us, before, work * shape.flops / us / 1e6, rate, 1e3 * rate / copied, tokens / us, shape.flashmla_us or "", ratio
 
 
 def main():
     bench.require_hopper()
-    decode = functools.partial(mla_decode, softmax_scale=SCALE)
-    names = ("batch", "new", "heads", "length", "cache")
-    bench.header(*names, "us", "schedule", "TFLOP/s", "TB/s", "tokens/us", "FlashMLA us", "of FlashMLA", "of XLA", "error")
-    for shape in BENCHMARK:
-        args = operands(shape)
-        tokens = int(args[3].sum())
-        us = bench.microseconds(decode, *args)
-        parts = max(1, device_sms() // -(-shape.queries * shape.heads // 64))
-        schedule = bench.microseconds(functools.partial(make_schedule, num_parts=parts), args[3])
-        work = tokens / (shape.batch * shape.length)  # of a ragged draw, against its mean
-        xla = "" if shape.fp8 else us / bench.microseconds(xla_attention, *args, calls=3)
-        flashmla = shape.flashmla_us
-        ratio = (us - schedule) / flashmla if flashmla else ""
-        length = f"{shape.length} ragged" if shape.ragged else shape.length
-        cells = (shape.batch, shape.queries, shape.heads, length, "fp8" if shape.fp8 else "bf16")
-        rates = (work * shape.flops / us / 1e6, work * shape.bytes / us / 1e6, tokens / us)
-        bench.row(*cells, us, schedule, *rates, flashmla or "", ratio, xla, error_of_first(*args, decode(*args)[0]))
+    programs = compile_programs(BENCHMARK)
+    copied = bench.copy_rate()
+    print(f"copy: {copied:.0f} GB/s read and written")
+    bench.header(*COLUMNS)
+    for fp8 in (False, True):
+        pool = make_pool(fp8)
+        for shape in BENCHMARK:
+            if shape.fp8 == fp8:
+                bench.row(*measure(programs, shape, pool, copied))
+        for program in programs:
+            if program[3] == fp8:
+                print(program, f"error {error(programs, Shape(*program[:3], 4096, fp8=fp8), pool):.2e}")
+        if not fp8:
+            for shape in BENCHMARK:
+                if shape.length == 4096 and not shape.fp8:
+                    q, _, table, counts = operands(shape, pool)
+                    us = bench.microseconds(xla_attention, q, pool, table[:, : 4096 // PAGE_SIZE], counts, calls=3)
+                    print(f"XLA: {us:.0f} us with {shape.batch} x {shape.queries} x {shape.heads} heads, {shape.length} tokens")
+        del pool
 
 
 if __name__ == "__main__":

@@ -215,9 +215,9 @@ def _attend(
         plgpu.barrier_arrive(left_empty.at[0])
         plgpu.barrier_arrive(right0_empty)
 
+        plgpu.barrier_wait(p_full.at[1])  # then page 1 has landed: only now may its tail be cleared
         if masked:
             clear_unused(left_smem.at[one], used - PAGE_SIZE)
-        plgpu.barrier_wait(p_full.at[1])
         m1 = read_rows(1)
         alpha = jnp.exp2(m0 - m1)
         add_values(o, alpha, p1_smem.at[zero], left_smem.at[one])
@@ -232,8 +232,9 @@ def _attend(
         s = scores(one, 1, zero)
         if masked:
             s = mask(s, block * BLOCK + PAGE_SIZE, length, zero)
+        plgpu.barrier_wait(p_full.at[0])  # then page 0 has landed, too
+        if masked:
             clear_unused(right_smem.at[zero], used)
-        plgpu.barrier_wait(p_full.at[0])
         m0 = read_rows(0)
         alpha0 = jnp.exp2(m - m0)
         add_values(o, alpha0, rope_smem.at[zero], right_smem.at[zero])  # runs during the softmax below

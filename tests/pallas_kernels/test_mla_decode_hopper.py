@@ -141,6 +141,8 @@ GPU_CASES = {
     "batch_64_ragged": dict(lengths=list(np.random.default_rng(2).integers(0, 600, 64)), heads=128, num_queries=2),
     "one_long": dict(lengths=[20000], heads=128),
     "long_and_short": dict(lengths=[16384, 0, 1, 4096, 77], heads=16, num_queries=4),
+    "batch_256": dict(lengths=list(np.random.default_rng(3).integers(0, 200, 256)), heads=8),
+    "160k_and_nothing": dict(lengths=[0, 163840, 3], heads=8),
 }
 
 
@@ -149,11 +151,18 @@ GPU_CASES = {
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_on_the_device(case, layout):
     *args, keys = make_case(0, layout=layout, **GPU_CASES[case])
-    expected = attend_float64(args[0], keys)
-    for out_dtype in (jnp.bfloat16, jnp.float32):
-        got = mla_decode(*args, softmax_scale=SCALE, out_dtype=out_dtype, implementation="hopper")
-        assert_matches(got, expected)
-    assert_matches(mla_decode(*args, softmax_scale=SCALE, implementation="hopper", num_sms=20), expected)
+    got = mla_decode(*args, softmax_scale=SCALE, implementation="hopper")
+    assert_matches(got, attend_float64(args[0], keys))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("options", [dict(out_dtype=jnp.float32), dict(num_sms=20)], ids=str)
+def test_on_the_device_options(options, layout):
+    *args, keys = make_case(1, layout=layout, **GPU_CASES["batch_64_ragged"])
+    got = mla_decode(*args, softmax_scale=SCALE, implementation="hopper", **options)
+    assert got[0].dtype == options.get("out_dtype", jnp.bfloat16)
+    assert_matches(got, attend_float64(args[0], keys))
 
 
 @pytest.mark.gpu
