@@ -68,7 +68,8 @@ def _random(key, spec, std, ranks):
             x = jnp.full(shape, 1 if name.endswith("norm") else std, dtype)
         else:
             width = 3**0.5 * (1 if dtype == jnp.float8_e4m3fn else std)
-            x = jax.random.uniform(leaf_key, shape, jnp.float32, -width, width).astype(dtype)
+            part_of = lambda key, shape=shape[1:], dtype=dtype, w=width: jax.random.uniform(key, shape, jnp.float32, -w, w).astype(dtype)  # noqa: E731
+            x = jax.lax.map(part_of, jax.random.split(leaf_key, shape[0]), batch_size=-(-shape[0] // 16))  # float32 for a part at a time
         made.append(ranks.hold(x, part))
     return made
 
