@@ -6,6 +6,7 @@
 `python -m pallas_kernels.OP.bench` times an op, `python -m pallas_kernels.tune OP` regenerates its tile choices for the device it runs on.
 """
 
+from pallas_kernels.gather_rows import gather_rows
 from pallas_kernels.grouped_matmul import grouped_fp8_matmul, masked_fp8_matmul
 from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.mla_decode import mla_append, mla_decode
@@ -26,6 +27,7 @@ __all__ = [
     "Quantized",
     "fp8_matmul",
     "fp8_wgrad",
+    "gather_rows",
     "grouped_fp8_matmul",
     "grouped_fp8_wgrad",
     "masked_fp8_matmul",

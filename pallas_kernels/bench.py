@@ -115,6 +115,19 @@ def microseconds(function, *operands, calls: int = 12) -> float:
     return statistics.median(map(sum, runs(function, *operands, calls=calls)))
 
 
+def copy_bandwidth() -> float:
+    """GB/s of this card, read and written, printed."""
+    source = normal(0, 2**29, dtype=jnp.float32)
+    copied = 2 * source.nbytes / microseconds(lambda x: x + 1, source) / 1e3
+    print(f"copy: {copied:.0f} GB/s read and written")
+    return copied
+
+
+def size(tree) -> int:
+    """Bytes of all arrays of `tree`."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def normal(seed: int, *shape, dtype=jnp.bfloat16):
     return _maker(None, shape, dtype)(jax.random.key(seed))
 

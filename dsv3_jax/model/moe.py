@@ -4,6 +4,7 @@ The four stages are separate functions, so that a mesh can put its own exchange 
 tokens to experts and back (`exchange_locally` on one device).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.module import Module, RouterBias, weight
 from dsv3_jax.precision import FP8_WEIGHTS, Activation, Recipe, keep, quantise
-from pallas_kernels import Quantized
+from pallas_kernels import Quantized, gather_rows
 
 
 class Routing(NamedTuple):
@@ -157,36 +158,58 @@ def dispatch(x_TD: jax.Array | Activation, routing: Routing) -> Dispatched:
 
 def combine(y_RD: jax.Array, dispatched: Dispatched, num_tokens: int) -> jax.Array:
     """The sum of each token's experts: [R, D] -> [T, D]."""
-    y_TKD = _permute(y_RD, dispatched.inverse_R, dispatched.order_R).reshape(num_tokens, -1, y_RD.shape[-1])
-    return jnp.sum(y_TKD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+    return _collect(y_RD, dispatched.order_R, dispatched.inverse_R, num_tokens)
 
 
-# Gathers whose transposes are gathers too: the inverse permutation is at hand, and a scatter-add would be several times slower.
+# Spreading tokens and collecting them are each other's transpose, and both are gathers: the inverse permutation is at hand, and a
+# scatter-add would be several times slower.
+def _spread_rows(x_TD, order_R):
+    token_R = order_R // (order_R.size // x_TD.shape[0])
+    return x_TD[token_R] if x_TD.dtype == jnp.float32 else gather_rows(x_TD, token_R)
+
+
+def _collect_rows(y_RD, inverse_R, num_tokens):
+    return jnp.sum(y_RD[inverse_R].reshape(num_tokens, -1, y_RD.shape[-1]), axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _collect(y_RD, order_R, inverse_R, num_tokens):
+    return _collect_rows(y_RD, inverse_R, num_tokens)
+
+
+_collect.defvjp(
+    lambda y_RD, order_R, inverse_R, num_tokens: (_collect_rows(y_RD, inverse_R, num_tokens), order_R),
+    lambda num_tokens, order_R, dy_TD: (_spread_rows(dy_TD, order_R), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread_array(x_TD, order_R, inverse_R, empty):
+    """[T, D] -> [R, D]. empty: the rows of zeros of an `Activation.gradient`, which nobody reads."""
+    return jnp.broadcast_to(x_TD[:1], (order_R.size, x_TD.shape[1])) if empty else _spread_rows(x_TD, order_R)
+
+
+_spread_array.defvjp(
+    lambda x_TD, order_R, inverse_R, empty: (_spread_array(x_TD, order_R, inverse_R, empty), (inverse_R, x_TD.shape[0])),
+    lambda empty, saved, dy_RD: (_collect_rows(dy_RD, *saved), None, None),
+)
+
+
+def _spread(x_TD, order_R, inverse_R):
+    if not isinstance(x_TD, Activation):
+        return _spread_array(x_TD, order_R, inverse_R, False)
+    values, scales = jax.lax.stop_gradient((x_TD.quantised.values, x_TD.quantised.scales()))
+    token_R = order_R // (order_R.size // x_TD.shape[0])
+    quantised = Quantized.tiles(_spread_rows(values, order_R), scales[token_R])
+    return Activation(quantised, _spread_array(x_TD.gradient, order_R, inverse_R, True))
+
+
 @jax.custom_vjp
 def _permute(x, index, inverse):
     return x[index]
 
 
 _permute.defvjp(lambda x, index, inverse: (x[index], inverse), lambda inverse, dy: (dy[inverse], None, None))
-
-
-def _spread(x_TD, order_R, inverse_R):
-    if not isinstance(x_TD, Activation):
-        return _spread_array(x_TD, order_R, inverse_R)
-    token_R = order_R // (order_R.size // x_TD.shape[0])
-    values, scales = jax.lax.stop_gradient((x_TD.quantised.values, x_TD.quantised.scales()))
-    return Activation(Quantized.tiles(values[token_R], scales[token_R]), _spread_array(x_TD.gradient, order_R, inverse_R))
-
-
-@jax.custom_vjp
-def _spread_array(x_TD, order_R, inverse_R):
-    return x_TD[order_R // (order_R.size // x_TD.shape[0])]
-
-
-_spread_array.defvjp(
-    lambda x_TD, order_R, inverse_R: (_spread_array(x_TD, order_R, inverse_R), (inverse_R, x_TD.shape[0])),
-    lambda saved, dy_RD: (dy_RD[saved[0]].reshape(saved[1], -1, dy_RD.shape[-1]).sum(axis=1), None, None),
-)
 
 
 # Takes tokens to the experts and back: (x [T, D], routing, experts) -> ([T, D], fill of RouterStats).

@@ -3,6 +3,7 @@
 scale = max(amax, floor) / 448 for tiles (floor 1e-4 if not given), amax / 448 for weight blocks (1 for a block of zeros), code = e4m3(x /
 scale), all in float32. With pow2, the scale is rounded up to a power of two. A NaN in a tile makes its scale NaN; an Inf makes the scale
 Inf and its own code NaN: neither touches another tile.
+Exact on CPUs; XLA's division on GPUs may be two units off.
 """
 
 import jax

@@ -1,0 +1,55 @@
+"""gather_rows against numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels as pk
+from pallas_kernels import aot
+from pallas_kernels.gather_rows import hopper, shapes
+
+INTERPRETED = functools.partial(hopper.gather_rows, interpret=plgpu.InterpretGPUParams())
+ON_GPU = functools.partial(pk.gather_rows, implementation="hopper")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "gather", [pk.gather_rows, INTERPRETED, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
+)
+def test_rows_are_those_of_numpy(monkeypatch, gather, dtype):
+    monkeypatch.setattr(hopper, "MOST_ROWS", 8)
+    rng = np.random.default_rng(0)
+    x, index = jnp.asarray(rng.standard_normal((20, 200)), dtype), rng.integers(0, 20, 45).astype(np.int32)
+    np.testing.assert_array_equal(np.asarray(gather(x, jnp.asarray(index))), np.asarray(x)[index])
+
+
+@pytest.mark.parametrize("gather", [pk.gather_rows, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "gpu"])
+def test_the_row_past_the_end_is_zero(gather):
+    got = gather(jnp.ones((3, 256), jnp.bfloat16), jnp.asarray([2, 3, 0], jnp.int32))
+    np.testing.assert_array_equal(np.asarray(got, np.float32)[:, 0], [1, 0, 1])
+
+
+@pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
+@pytest.mark.parametrize("tokens, rows, width", shapes.ROWS)
+def test_compiles(tokens, rows, width):
+    specs = jax.ShapeDtypeStruct((tokens, width), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    with aot.kernels_compiled() as kernels:
+        memory = jax.jit(pk.gather_rows).lower(*aot.on_h200(specs)).compile().memory_analysis()
+    assert [kernel.spilled_bytes for kernel in kernels] == [0] and memory.temp_size_in_bytes < 2**20  # nothing but the rows
+
+
+@pytest.mark.parametrize(
+    "x, index, message",
+    [
+        (jnp.zeros((3, 4, 5)), jnp.zeros(2, jnp.int32), "x: expected"),
+        (jnp.zeros((3, 4)), jnp.zeros(2), "index: expected int32"),
+        (jnp.zeros((3, 4)), jnp.zeros((2, 2), jnp.int32), "index: expected int32"),
+    ],
+)
+def test_bad_input(x, index, message):
+    with pytest.raises(ValueError, match=message):
+        pk.gather_rows(x, index)
