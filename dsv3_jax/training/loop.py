@@ -36,7 +36,7 @@ from dsv3_jax.training.metrics import MetricsLog, Progress, load_max_over_mean
 from dsv3_jax.training.step import Trainer, TrainState
 
 # A run's place in its data, before the first step: steps done, rows consumed by them, the name of the folder of prepared rows.
-_POSITION = {"step": 0, "row": 0, "rows": ""}
+POSITION = {"step": 0, "row": 0, "rows": ""}
 
 
 class Result(NamedTuple):
@@ -66,7 +66,7 @@ class Run:
         self.mesh = meshes.make(config.mesh)
         check_mesh(config, self.mesh.shape)
         self.resumed_from = _find_resumed(config, directory)
-        position = self.resumed_from.load({"data": _POSITION})["data"] if self.resumed_from else _POSITION
+        position = self.resumed_from.load({"data": POSITION})["data"] if self.resumed_from else POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
         self.prepared = processes.first(lambda: _prepare(config, directory, position["rows"], self.resumed_from))
         self.loader = Loader(

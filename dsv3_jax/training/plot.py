@@ -6,8 +6,10 @@ import math
 import sys
 from pathlib import Path
 
+from dsv3_jax.checkpoint import open_run
 from dsv3_jax.data.prepare import Prepared
 from dsv3_jax.errors import UserError
+from dsv3_jax.training import loop
 
 
 def draw(run: Path, output: Path) -> None:
@@ -25,26 +27,32 @@ def draw(run: Path, output: Path) -> None:
     for name, label in (("main", "next token"), ("mtp", "the one after (MTP)")):
         loss.plot(*zip(*[(m["step"], m[name]) for m in metrics if m.get(name) is not None]), label=label, linewidth=1)
     heldout = [(m["step"], m["heldout_loss"]) for m in metrics if "heldout_loss" in m]
+    if not heldout:
+        raise UserError(f"{run} has no held-out loss yet: train on, or hold text out (data.heldout_fraction)")
     loss.plot(*zip(*heldout), "ko", markersize=4, label="next token, held out")
     loss.set(xlabel="step", ylabel="nats per token")
     loss.legend(frameon=False)
 
-    saved = max(run.glob("data/*/meta.json"), key=lambda path: path.stat().st_mtime, default=None)
-    if saved is not None:
-        prepared = Prepared.open(saved.parent)
-        tokens = (prepared.heldout.tokens - prepared.heldout.documents) / prepared.heldout.bytes  # a byte; the first of a document is given
-        bits.plot(*zip(*[(step, nats * tokens / math.log(2)) for step, nats in heldout]), "ko-", markersize=4, linewidth=1)
-        gzip = prepared.heldout_gzip9_bits_per_byte
-        bits.axhline(gzip, color="tab:red", linewidth=1)
-        bits.annotate("gzip -9", (1, gzip), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="tab:red")
-        final = [m for m in metrics if "heldout_bits_per_byte" in m]
-        if final:
-            last = final[-1]
-            bits.annotate(f"{last['heldout_bits_per_byte']:.2f}", (last["step"], last["heldout_bits_per_byte"]), ha="right", va="bottom")
-        bits.set(xlabel="step", ylabel="bits per byte of held-out text", xlim=(0, None), ylim=(0, None))
+    prepared = _prepared(run)
+    tokens = (prepared.heldout.tokens - prepared.heldout.documents) / prepared.heldout.bytes  # a byte; the first of a document is given
+    bits.plot(*zip(*[(step, nats * tokens / math.log(2)) for step, nats in heldout]), "ko-", markersize=4, linewidth=1)
+    gzip = prepared.heldout_gzip9_bits_per_byte
+    bits.axhline(gzip, color="tab:red", linewidth=1)
+    bits.annotate(f"gzip -9: {gzip:.2f}", (1, gzip), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="tab:red")
+    for m in metrics:
+        if "heldout_bits_per_byte" in m:  # at the end, of all held-out text
+            bits.annotate(f"{m['heldout_bits_per_byte']:.2f}", (m["step"], m["heldout_bits_per_byte"]), ha="right", va="bottom")
+    bits.set(xlabel="step", ylabel="bits per byte of held-out text", xlim=(0, None), ylim=(0, None))
     for axes in (loss, bits):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=110)
+
+
+def _prepared(run: Path) -> Prepared:
+    """The rows that the run's newest checkpoint was trained on."""
+    saved = open_run(run)
+    cache = Path(saved.config["data"]["cache"] or run / "data")
+    return Prepared.open(cache / saved.load({"data": loop.POSITION})["data"]["rows"])
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.hub.__main__ import to_orbax
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.training import loop, metrics
+from dsv3_jax.training import loop, metrics, plot
 from dsv3_jax.training.step import Trainer
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
@@ -59,7 +59,7 @@ def assert_same_step(a, b, step):
         assert jax.tree.structure(x) == jax.tree.structure(y)
         for (path, u), v in zip(jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(y)):
             assert np.asarray(u).tobytes() == np.asarray(v).tobytes(), jax.tree_util.keystr(path)
-    position = {"data": loop._POSITION}
+    position = {"data": loop.POSITION}
     assert a.load(position) == b.load(position)
 
 
@@ -96,6 +96,13 @@ def test_tensorboard_events(whole):
     events = EventAccumulator(str(whole[0] / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert events.Scalars("loss")[0].value == pytest.approx(lines(whole[0])[0]["loss"], rel=1e-6)
+
+
+def test_a_picture(whole, tmp_path, capsys):
+    assert plot.main([str(whole[0]), str(tmp_path / "run.png")]) == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert plot.main([str(tmp_path), str(tmp_path / "none.png")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read ")
 
 
 def stop_after(monkeypatch, step):
