@@ -131,6 +131,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, config, tmp_path, monkeypatch)
     assert [line for line in lines(tmp_path / "run") if "load" not in line] == [line for line in lines(whole[0]) if "load" not in line]
 
 
+def modified(folder):
+    """When the files of a run were written; its lock and the notes of where its processes are tell of no training."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock" and path.parent.name != "where"]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def test_an_older_step_is_gone_on_with(whole, config, tmp_path):
     """--resume RUN/2: later steps are set aside and made again, the same; a damaged latest step is refused and its file named."""
     folder = tmp_path / "run"
@@ -140,11 +146,11 @@ def test_an_older_step_is_gone_on_with(whole, config, tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 3] ^= 4
     data.write_bytes(content)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = modified(folder)
     with pytest.raises(UserError, match="damaged") as error:
         loop.run(loop_config)
     assert str(data) in str(error.value) and f"{folder / '4'}" in str(error.value)
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == modified(folder)
 
     assert loop.run(dataclasses.replace(loop_config, resume=str(folder / "4"))).step == 6
     assert_same_step(whole[0], folder, 6)
