@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, ROPE, TILE, latent_width
-from pallas_kernels.mla_decode.merge import FINITE_MIN, LOG2E, merge, store
+from pallas_kernels.mla_decode.merge import FINITE_MIN, LOG2E, merge
 from pallas_kernels.mla_decode.schedule import BLOCK, make_schedule, num_blocks
 from pallas_kernels.platform import device_sms
+from pallas_kernels.store import store
 
 ROWS = 64  # of a tile: heads times new tokens, the M of one wgmma
 HALF = LATENT // 2  # value columns of one warpgroup

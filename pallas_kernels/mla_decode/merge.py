@@ -8,6 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.store import store
+
 ROWS = 8
 LOG2E = math.log2(math.e)
 FINITE_MIN = -1e30  # a running maximum before any key: -inf - -inf would be NaN
@@ -59,11 +61,3 @@ def _merge(partial_gmem, partial_lse_gmem, pieces_gmem, out_gmem, lse_gmem):
             scale = jnp.where(total > 0, 1 / total, 0.0)
             store(out_gmem.at[sequence, row], (acc * scale).astype(out_gmem.dtype))
             lse_gmem[sequence, row] = jnp.where(total > 0, (m + jnp.log2(total)) / LOG2E, jnp.inf)
-
-
-def store(gmem, x):
-    """Registers to GMEM. A bfloat16 accumulator writes half sectors; jax 0.12 must be told that this is meant, 0.11 has no way to."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(gmem, x, optimized=False)
-    else:
-        gmem[...] = x

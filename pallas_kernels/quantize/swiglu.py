@@ -16,6 +16,7 @@ from pallas_kernels.quantize.reference import AMAX_FLOOR, swiglu_gradients
 from pallas_kernels.quantize.registers import COLUMNS, load_transposed, quantize_registers, rows_layout
 from pallas_kernels.quantize.transposed import HALF, HALVES, any_row, clear_rows, load_rows, rows_touched, token_tiles
 from pallas_kernels.quantized import BLOCK, E4M3, Quantized, pad_to
+from pallas_kernels.store import store
 
 
 def swiglu_backward(gate_up, d_hidden, row_weights=None, group_sizes=None, *, interpret=None):
@@ -50,7 +51,7 @@ def swiglu_backward(gate_up, d_hidden, row_weights=None, group_sizes=None, *, in
             for name, value in (("hidden", hidden), ("d_gate", d_gate), ("d_up", d_up)):
                 smem[name].at[half][...] = value.astype(smem[name].dtype)
             for ref in d_weights:
-                ref.at[column, pl.ds(first + start, HALF)][...] = jnp.sum(d_weight, axis=1)
+                store(ref.at[column, pl.ds(first + start, HALF)], jnp.sum(d_weight, axis=1))
         plgpu.commit_smem()
         for name, (_, columns) in zip(("d_gate", "d_up"), both):
             plgpu.copy_smem_to_gmem(smem[name], d_gate_up.at[rows, columns])

@@ -15,6 +15,7 @@ from pallas_kernels.gemm import swizzled
 from pallas_kernels.quantize.reference import padded_starts, padded_tokens
 from pallas_kernels.quantize.registers import COLUMNS, load_transposed, quantize_registers, rows_layout
 from pallas_kernels.quantized import BLOCK, E4M3, Quantized, num_blocks, pad_to
+from pallas_kernels.store import store
 
 HALF = BLOCK // 2  # rows, or columns, that are in registers at a time
 HALVES = pl.ds(0, HALF), pl.ds(HALF, HALF)
@@ -50,7 +51,7 @@ def quantize_by_tokens(x, scales, group_sizes, *, pow2, floor, interpret):
                 parts, scale = quantize_registers(parts, layout, pow2=pow2, floor=floor, interpret=interpret)
                 for i, codes in enumerate(parts):
                     smem["rows"].at[i, half][...] = codes.astype(E4M3)
-                by_rows[1].at[block, pl.ds(first + start, HALF)][...] = scale
+                store(by_rows[1].at[block, pl.ds(first + start, HALF)], scale)
             plgpu.commit_smem()
             for i in range(2):
                 plgpu.copy_smem_to_gmem(smem["rows"].at[i], by_rows[0].at[rows, pl.ds(block * BLOCK + i * HALF, HALF)])
