@@ -59,6 +59,10 @@ def train(argv: list[str]) -> int:
     command = parse(load_recipe(recipe), options)
     config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
     config = dataclasses.replace(config, workdir=config.workdir.format(recipe=Path(recipe).stem))
+    if command.aot and not command.dry_run:
+        raise UserError("--aot compiles without running anything: give --dry-run with it")
+    if command.min_processes is not None and command.supervise is None:
+        raise UserError("--min-processes says how few --supervise may go on with: give --supervise with it")
     if command.supervise is not None:
         if command.process_id is None:
             return supervise(command, config, argv)

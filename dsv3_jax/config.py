@@ -70,6 +70,8 @@ class ModelConfig:
                 raise UserError(f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}")
             if not 1 <= self.topk_group <= self.n_group:
                 raise UserError(f"topk_group={self.topk_group} must lie in 1..n_group={self.n_group}")
+            if self.n_group > 1 and self.topk_method == "noaux_tc" and self.n_routed_experts < 2 * self.n_group:
+                raise UserError(f"n_group={self.n_group} leaves groups of one expert, and their best two choose a group: use fewer")
             eligible = self.n_routed_experts // self.n_group * self.topk_group
             if not 1 <= self.num_experts_per_tok <= eligible:
                 raise UserError(

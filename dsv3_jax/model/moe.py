@@ -239,8 +239,6 @@ class MoE(Module):
         if used_BS is not None:
             routing = routing.only(used_BS.reshape(-1))
         y_TD, fill = self.exchange(x_BSD.reshape(-1, x_BSD.shape[-1]), routing, self.experts)
-        if used_BS is not None:  # rows of no expert are not written: what stands there may be NaN, and attention would spread it
-            y_TD = jnp.where(used_BS.reshape(-1, 1), y_TD, 0)
         y_BSD = y_TD.reshape(x_BSD.shape)
         if used_BS is not None:  # rows of no expert may hold anything, and the values of a NaN key make NaN of all who look past it
             y_BSD = jnp.where(used_BS[..., None], y_BSD, 0)
