@@ -120,7 +120,7 @@ class Decoder:
 
     def layer(self, name: str, params: dict, x_BSD: jax.Array, where: Positions, *, looped=False) -> tuple[jax.Array, RouterStats]:
         """One layer of the stack `name`, rematerialised. looped: in the body of a loop, where the compiler cannot undo that."""
-        run = self._rematerialised(lambda x_BSD, params: module.bind(self.modules[name], params)(x_BSD, where), prevent_cse=not looped)
+        run = self.rematerialised(lambda x_BSD, params: module.bind(self.modules[name], params)(x_BSD, where), prevent_cse=not looped)
         return run(x_BSD, params)
 
     def _run_stack(self, name, stacked, x_BSD, where):
@@ -129,7 +129,8 @@ class Decoder:
         unroll = self._makers[name][1] <= _UNROLLED and self.recipe.compute_dtype == jnp.bfloat16
         return jax.lax.scan(lambda x_BSD, params: self.layer(name, params, x_BSD, where, looped=not unroll), x_BSD, stacked, unroll=unroll)
 
-    def _rematerialised(self, function, *, prevent_cse=False):
+    def rematerialised(self, function, *, prevent_cse=False):
+        """The function as its backward pass sees it: what `remat` does not keep is computed again."""
         if self.remat == "none":
             return function
         return jax.checkpoint(function, policy=_REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
@@ -156,7 +157,7 @@ class Decoder:
         def run(mtp_params, hidden_BSD, embedding_BSD):
             return module.bind(self.modules["mtp"], mtp_params)(hidden_BSD, embedding_BSD, where)
 
-        return self._rematerialised(run)(params["mtp"], self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS))
+        return self.rematerialised(run)(params["mtp"], self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS))
 
     def mtp_input(self, params: dict, hidden_BSD: jax.Array) -> jax.Array:
         """The hidden state as the MTP module takes it (config.mtp_hidden)."""

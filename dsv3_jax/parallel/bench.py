@@ -227,7 +227,7 @@ def step(options) -> Callable[[], None]:
         pipeline_schedule=options.schedule,
         pipeline_max_delayed=options.max_delayed,
     )
-    trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=config.remat), config, mesh)
+    trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=options.remat or config.remat), config, mesh)
     trainer.buffers.size = options.size
     like = lambda tree, places: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)  # noqa: E731
     # Drawn from NumPy's key, an argument, as the loop does it: the same parameters on any mesh.
@@ -299,7 +299,9 @@ def overlap(options) -> Callable[[], None]:
     numerics = dataclasses.replace(named_recipe(options.precision), num_sms=options.num_sms)
     schedule = build("dualpipev", num_ranks=1, num_microbatches=options.microbatches, max_delayed=options.max_delayed)
     table = make_table(schedule)
-    decoder = Decoder(config, numerics, exchange=exchange.over_mesh(config, mesh.shape, options.size))
+    decoder = Decoder(
+        config, numerics, remat=options.remat or "norms_and_up", exchange=exchange.over_mesh(config, mesh.shape, options.size)
+    )
 
     def gradients(params, tokens):
         weights = {"mtp_loss_weight": 0.0, "balance_loss_weight": 1e-4}
@@ -358,6 +360,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=float, default=2 ** (8 / 12), help="of the exchange's buffers (parallel/buffers.py)")
     parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="communication beside nothing, for step and overlap")
     parser.add_argument("--max-delayed", type=int, default=0, help="weight gradients that a pipeline's rank puts off at one time")
+    parser.add_argument("--remat", help="of step and overlap, instead of the recipe's and norms_and_up (TrainConfig.remat)")
     group = parser.add_argument_group("exchange")
     group.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     group.add_argument("--skew", type=float, nargs="+", default=[0.0, 1.0])

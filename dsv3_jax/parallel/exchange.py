@@ -26,7 +26,8 @@ from dsv3_jax.model.moe import Exchange, Experts, Routing, exchange_locally
 from dsv3_jax.parallel import buffers
 from dsv3_jax.parallel.sharding import expert_axes
 from dsv3_jax.precision import Activation, keep
-from pallas_kernels import Quantized
+from pallas_kernels import Quantized, gather_rows
+from pallas_kernels.quantized import BLOCK
 
 
 def over_mesh(config: ModelConfig, sizes: Mapping[str, int], size: float) -> Exchange:
@@ -95,20 +96,12 @@ class Hop(NamedTuple):
         return Plan(taken_R, jnp.sort(place_TN, axis=1)[:, : min(choices, self.devices)]), fill
 
     def out(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
-        return self._travel([_take(x, plan.taken_R) for x in rows])
+        joined = _take(_join(rows), plan.taken_R)
+        return _parts(lax.all_to_all(joined, self.axes, 0, 0, tiled=True), rows)
 
     def back(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
-        return [_sum_of_copies(y, plan) for y in self._travel(rows)]
-
-    def _travel(self, rows) -> list[jax.Array]:
-        """One all-to-all for all of them, side by side as unsigned integers of the narrowest: two would be started one after the other."""
-        if len(rows) == 1:
-            return [lax.all_to_all(rows[0], self.axes, 0, 0, tiled=True)]
-        narrowest = min(x.dtype.itemsize for x in rows)
-        joined = [_as_integers(x, narrowest) for x in rows]
-        arrived = lax.all_to_all(jnp.concatenate(joined, axis=1), self.axes, 0, 0, tiled=True)
-        ends = np.cumsum([x.shape[1] for x in joined])[:-1]
-        return [_from_integers(part, x.dtype) for part, x in zip(jnp.split(arrived, ends, axis=1), rows)]
+        arrived = lax.all_to_all(_join(rows), self.axes, 0, 0, tiled=True)
+        return [_sum_of_copies(y, plan) for y in _parts(arrived, rows)]
 
 
 class Gather(NamedTuple):
@@ -153,13 +146,30 @@ class Sort(NamedTuple):
         return [_sum_of_copies(y, plan) for y in rows]
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+def _take(x_TN: jax.Array, index_R: jax.Array) -> jax.Array:
     """x[index], zeros beyond the end."""
-    return x.at[index].get(mode="fill", fill_value=0)
+    return x_TN.at[index_R].get(mode="fill", fill_value=0) if x_TN.dtype.itemsize > 2 else gather_rows(x_TN, index_R)
 
 
 def _sum_of_copies(y_RD: jax.Array, plan: Plan) -> jax.Array:
-    return jnp.sum(_take(y_RD, plan.places_TM), axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+    copies_TMD = y_RD.at[plan.places_TM].get(mode="fill", fill_value=0)
+    return jnp.sum(copies_TMD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+
+
+def _join(rows) -> jax.Array:
+    """Arrays [R, N] side by side, for one all-to-all (two would be started one after the other): as unsigned integers of the narrowest."""
+    if len(rows) == 1:
+        return rows[0]
+    joined = jnp.concatenate([_as_integers(x, min(x.dtype.itemsize for x in rows)) for x in rows], axis=1)
+    return jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % BLOCK)))  # as `gather_rows` has it best
+
+
+def _parts(joined: jax.Array, like) -> list[jax.Array]:
+    """The inverse of `_join`. like: arrays of such widths and dtypes."""
+    if len(like) == 1:
+        return [joined]
+    ends = np.cumsum([x.shape[1] * x.dtype.itemsize // joined.dtype.itemsize for x in like])
+    return [_from_integers(part, x.dtype) for part, x in zip(jnp.split(joined, ends, axis=1), like)]
 
 
 def _as_integers(x_TN: jax.Array, itemsize: int) -> jax.Array:

@@ -3,8 +3,8 @@
     read what waits in the rings -> switch on the action -> write what it left -> exchange with the neighbours -> write what arrived
 
 The collectives of the experts run inside the switch: devices at the same place of `pipe` do the same, so all members of their groups
-meet. Those over `pipe` stay outside, since neighbours do different things. Rings stay outside as well: carried through the branches they
-would be copied whole; the barrier before the switch keeps the reads from moving into it.
+meet. Those over `pipe` stay outside, since neighbours do different things. Rings are written outside as well: carried through the branches
+they would be copied whole. The large ones are read inside, by the actions that need them.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,9 @@ import numpy as np
 from jax import lax
 
 from dsv3_jax.model import Decoder
+from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.parallel.schedule_table import NONE, Table
-from dsv3_jax.parallel.stage import InputGradient, Stage, Stash, Weights, zeros
+from dsv3_jax.parallel.stage import InputGradient, Kept, Stage, Stash, Weights, zeros
 
 # (parameters outside the stacks, hidden [B, S, D] after the last layer, microbatch, arguments) -> (loss, (terms, fill)).
 OutputLoss = Callable[[dict, jax.Array, dict, Any], tuple[jax.Array, tuple[dict, jax.Array]]]
@@ -51,7 +52,7 @@ class Rings(NamedTuple):
 
     forward: jax.Array  # inputs of stages that have arrived
     backward: jax.Array  # cotangents of outputs that have arrived; at the last stage its own outputs, which wait for the loss
-    residual: jax.Array  # inputs of stages whose backward is to come
+    kept: Any  # by stages whose backward is to come
     stash: Any  # operands of weight gradients
 
 
@@ -59,19 +60,52 @@ class Reads(NamedTuple):
     """What an action works with."""
 
     x_BSD: jax.Array  # input of the forward
-    residual_BSD: jax.Array  # input of the stage of the backward
     dy_BSD: jax.Array  # cotangent, or at the last stage the output itself
-    stash: Any
+    kept: "Place"
+    stash: "Place"
     f_batch: dict
     b_batch: dict
 
 
+class Place(NamedTuple):
+    """A slot of a ring, not read yet."""
+
+    ring: Any
+    slot: jax.Array
+
+
 class Writes(NamedTuple):
-    """What an action leaves: the output of its forward, the input cotangent of its backward, the stash of an input gradient."""
+    """What an action leaves: the output of its forward and what that kept, the input cotangent of its backward, the stash of an input
+    gradient."""
 
     y_BSD: jax.Array
     dx_BSD: jax.Array
+    kept: Any
     stash: Any
+
+
+class Pool:
+    """Values of a chunk's layers in the form that both chunks share: of each stack as many as the longer one has. like: their shapes."""
+
+    def __init__(self, stages: tuple[Stage, ...], values: list[tuple]):
+        self._stages, self.like = stages, {}
+        for p, of_chunk in zip(range(len(stages)), values):
+            for stack, some in self._by_stack(p, of_chunk).items():
+                self.like[stack] = max(self.like.get(stack, []), some, key=len)
+
+    def pooled(self, p: int, values: tuple) -> dict[str, list]:
+        of_chunk = self._by_stack(p, values)
+        return {stack: [*(have := of_chunk.get(stack, [])), *zeros(all_[len(have) :])] for stack, all_ in self.like.items()}
+
+    def unpooled(self, p: int, pool: dict[str, list]) -> tuple:
+        waiting = {stack: iter(values) for stack, values in pool.items()}
+        return tuple(next(waiting[layer.program.stack]) for layer in self._stages[p].layers)
+
+    def _by_stack(self, p: int, values: tuple) -> dict[str, list]:
+        stacks: dict[str, list] = {}
+        for layer, value in zip(self._stages[p].layers, values, strict=True):
+            stacks.setdefault(layer.program.stack, []).append(value)
+        return stacks
 
 
 class Rank:
@@ -101,12 +135,13 @@ class Rank:
         """Empty rings and sums."""
         table, batch = self.table, self._microbatch(0)
         x_BSD = self.decoder.embed(self.shared, batch["tokens"][:, :-1])
-        gradients = [jax.eval_shape(lambda x, p=p: self._backward_input(p, x, x, batch), x_BSD) for p in range(len(self.stages))]
-        # The stash of either chunk: of each stack as many layers as the longer one has; nothing where no weight gradient is put off.
-        self._stash_of = {}
-        for stage, gradient in zip(self.stages, gradients) if table.stash_slots else ():
-            for stack, stashes in _by_stack(stage, gradient.stash).items():
-                self._stash_of[stack] = max(self._stash_of.get(stack, []), stashes, key=len)
+        forward = [jax.eval_shape(lambda x, p=p: self._forward(p, x, batch), x_BSD) for p in range(len(self.stages))]
+        gradients = [
+            jax.eval_shape(lambda x, kept, p=p: self._backward_input(p, kept, x, batch), x_BSD, kept)
+            for p, (*_, kept) in enumerate(forward)
+        ]
+        self._kept = Pool(self.stages, [kept for *_, kept in forward])
+        self._stash = Pool(self.stages if table.stash_slots else (), [gradient.stash for gradient in gradients])
 
         def ring(slots, like):
             return jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape), leaf.dtype), like)
@@ -114,29 +149,28 @@ class Rank:
         rings = Rings(
             forward=ring(sum(table.forward_slots), x_BSD),
             backward=ring(sum(table.backward_slots), x_BSD),
-            residual=ring(table.residual_slots, x_BSD),
-            stash=ring(table.stash_slots, self._stash_of),
+            kept=ring(table.residual_slots, self._kept.like),
+            stash=ring(table.stash_slots, self._stash.like),
         )
         float32 = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
         _, (terms, fill) = jax.eval_shape(self._output_loss, self.shared, x_BSD, batch)
         layers = tuple(tuple(Weights(layer.weights.small, layer.program.shapes) for layer in stage.layers) for stage in self.stages)
-        stats = tuple(tuple(s[:2] for s in gradient.stats) for gradient in gradients)
+        stats = tuple(tuple(s[:2] for s in found) for _, found, _ in forward)
         return rings, float32(Sums(layers, self.shared, fill, terms, fill, stats))
 
     def _tick(self, branches, rings: Rings, sums: Sums, row: dict) -> tuple[Rings, Sums]:
         f_batch, b_batch = self._microbatch(row["f_microbatch"]), self._microbatch(row["b_microbatch"])
         x_BSD = jnp.where(row["f_first"], self.decoder.embed(self.shared, f_batch["tokens"][:, :-1]), _read(rings.forward, row["f_input"]))
-        residual_BSD, dy_BSD = _read(rings.residual, row["b_residual"]), _read(rings.backward, row["b_input"])
-        reads = Reads(x_BSD, residual_BSD, dy_BSD, _read(rings.stash, row["w_stash"]), f_batch, b_batch)
-        reads, rings = lax.optimization_barrier((reads, rings))
+        kept, stash = Place(rings.kept, row["b_residual"]), Place(rings.stash, row["w_stash"])
+        reads = Reads(x_BSD, _read(rings.backward, row["b_input"]), kept, stash, f_batch, b_batch)
         writes, sums = lax.switch(row["action"], branches, reads, sums)
 
         forward, backward = rings.forward, rings.backward
         for p, (arrived, cotangent) in enumerate(self._exchange(writes)):
             forward = _write(forward, row["keep_forward"][p], arrived)
             backward = _write(backward, row["keep_backward"][p], cotangent)
-        residual, stash = _write(rings.residual, row["f_residual"], reads.x_BSD), _write(rings.stash, row["b_stash"], writes.stash)
-        return Rings(forward, backward, residual, stash), sums
+        kept, stash = _write(rings.kept, row["f_residual"], writes.kept), _write(rings.stash, row["b_stash"], writes.stash)
+        return Rings(forward, backward, kept, stash), sums
 
     def _exchange(self, writes: Writes) -> list[tuple[jax.Array, jax.Array]]:
         """For each chunk the input of its forward and the cotangent of its output that come from where the schedule says."""
@@ -167,22 +201,34 @@ class Rank:
         def run(reads: Reads, sums: Sums) -> tuple[Writes, Sums]:
             nothing = jnp.zeros_like(reads.x_BSD)
             y_BSD = dx_BSD = nothing
-            stash = zeros(self._stash_of)
+            kept, stash = zeros(self._kept.like), zeros(self._stash.like)
             for letter, p in parts:
                 with jax.named_scope(f"{letter}{p}"):
                     if letter == "F":
-                        y_BSD = self.stages[p].forward(reads.x_BSD, self._positions(reads.f_batch))
+                        y_BSD, stats, left = self._forward(p, reads.x_BSD, reads.f_batch)
+                        kept, sums = self._kept.pooled(p, left), self._add_stats(p, sums, stats)
                     elif letter == "W":
-                        sums = self._add_weight_gradients(p, sums, self._unpooled(p, reads.stash))
+                        sums = self._add_weight_gradients(p, sums, self._stash.unpooled(p, _read(*reads.stash)))
                     else:
                         dx_BSD, left, sums = self._backward(p, reads, sums)
                         if letter == "I":
-                            stash = self._pooled(p, left)
+                            stash = self._stash.pooled(p, left)
                         else:
                             sums = self._add_weight_gradients(p, sums, left)
-            return Writes(y_BSD, dx_BSD, stash), sums
+            return Writes(y_BSD, dx_BSD, kept, stash), sums
 
         return run
+
+    def _forward(self, p: int, x_BSD: jax.Array, batch: dict) -> tuple[jax.Array, tuple[RouterStats, ...], tuple[Kept, ...]]:
+        return self.stages[p].forward(x_BSD, self._positions(batch))
+
+    def _add_stats(self, p: int, sums: Sums, stats: tuple[RouterStats, ...]) -> Sums:
+        of_chunk = tuple(_add(total, found[:2]) for total, found in zip(sums.stats[p], stats, strict=True))
+        return sums._replace(
+            stats=_put(sums.stats, p, of_chunk),
+            loss=sums.loss + self.objective.balance_weight * sum(found.balance_loss for found in stats),
+            fill=jnp.max(jnp.stack([sums.fill, *(found.fill for found in stats)])),
+        )
 
     def _backward(self, p: int, reads: Reads, sums: Sums) -> tuple[jax.Array, tuple[Stash, ...], Sums]:
         """The gradient of a stage's input, and with it those of the small weights, of the output loss and of the embedding."""
@@ -190,16 +236,9 @@ class Rank:
         if self.last[p] is not None:
             skip = lambda dy, batch, sums: (dy, sums)  # noqa: E731
             dy_BSD, sums = lax.cond(self.index == self.last[p], self._backward_of_loss, skip, dy_BSD, batch, sums)
-        gradient = self._backward_input(p, reads.residual_BSD, dy_BSD, batch)
+        gradient = self._backward_input(p, self._kept.unpooled(p, _read(*reads.kept)), dy_BSD, batch)
         layers = tuple(total._replace(small=_add(total.small, small)) for total, small in zip(sums.layers[p], gradient.small, strict=True))
-        stats = tuple(_add(total, found[:2]) for total, found in zip(sums.stats[p], gradient.stats, strict=True))
-        balance = sum(found.balance_loss for found in gradient.stats)
-        sums = sums._replace(
-            layers=_put(sums.layers, p, layers),
-            stats=_put(sums.stats, p, stats),
-            loss=sums.loss + self.objective.balance_weight * balance,
-            fill=jnp.max(jnp.stack([sums.fill, *(found.fill for found in gradient.stats)])),
-        )
+        sums = sums._replace(layers=_put(sums.layers, p, layers))
         if self.first[p] is not None:
             tokens_BS, embed = batch["tokens"][:, :-1], sums.shared["embed"]
             nowhere = jnp.where(self.index == self.first[p], tokens_BS, len(embed))
@@ -218,23 +257,13 @@ class Rank:
     def _output_loss(self, shared, hidden_BSD, batch):
         return self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments)
 
-    def _backward_input(self, p: int, residual_BSD, dy_BSD, batch: dict) -> InputGradient:
-        return self.stages[p].backward_input(residual_BSD, self._positions(batch), dy_BSD, self.objective.balance_weight)
+    def _backward_input(self, p: int, kept: tuple[Kept, ...], dy_BSD, batch: dict) -> InputGradient:
+        return self.stages[p].backward_input(kept, self._positions(batch), dy_BSD, self.objective.balance_weight)
 
     def _add_weight_gradients(self, p: int, sums: Sums, stash: tuple[Stash, ...]) -> Sums:
         large = self.stages[p].add_weight_gradients(tuple(total.large for total in sums.layers[p]), stash)
         layers = tuple(total._replace(large=new) for total, new in zip(sums.layers[p], large, strict=True))
         return sums._replace(layers=_put(sums.layers, p, layers))
-
-    # The stash of a chunk in the form that both chunks share.
-
-    def _pooled(self, p: int, stash: tuple[Stash, ...]) -> dict:
-        of_chunk = _by_stack(self.stages[p], stash)
-        return {stack: [*(have := of_chunk.get(stack, [])), *zeros(all_[len(have) :])] for stack, all_ in self._stash_of.items()}
-
-    def _unpooled(self, p: int, pool: dict) -> tuple[Stash, ...]:
-        waiting = {stack: iter(stashes) for stack, stashes in pool.items()}
-        return tuple(next(waiting[layer.program.stack]) for layer in self.stages[p].layers)
 
     # Batches.
 
@@ -276,13 +305,6 @@ def _columns(table: Table) -> dict[str, np.ndarray]:
 def _letters(table: Table) -> list[str]:
     """The actions, an input gradient counting as the backward it is the first half of."""
     return [name.replace("I", "B") for name in table.actions]
-
-
-def _by_stack(stage: Stage, stash: tuple[Stash, ...]) -> dict[str, list[Stash]]:
-    stacks: dict[str, list[Stash]] = {}
-    for layer, one in zip(stage.layers, stash, strict=True):
-        stacks.setdefault(layer.program.stack, []).append(one)
-    return stacks
 
 
 def _only(ranks) -> int | None:

@@ -1,8 +1,8 @@
 """A chunk of layers as a pipeline rank runs it: forward, gradient of the input, gradients of the weights.
 
-The forward keeps nothing but its input. The gradient of the input computes the forward once more and leaves a stash, the operands (x, dy)
-of every weight gradient that is a large product (`precision.Tap`); those gradients are made of the stash, with nothing computed twice.
-What is small (norms, the router) gets its gradient at once. A full backward is the one after the other.
+The forward keeps what the decoder's `remat` says, of each layer. The gradient of the input computes the rest once more and leaves a stash,
+the operands (x, dy) of every weight gradient that is a large product (`precision.Tap`); those gradients are made of the stash, with nothing
+computed twice. What is small (norms, the router) gets its gradient at once. A full backward is the one after the other.
 """
 
 from collections.abc import Mapping
@@ -45,15 +45,47 @@ class Stash(NamedTuple):
     group_sizes: jax.Array
 
 
+class Kept(NamedTuple):
+    """What one layer keeps of its forward for its backward. values: in the order in which the backward takes them; group_sizes int32: rows
+    of each expert of this device ([0] in a dense layer)."""
+
+    values: tuple[jax.Array, ...]
+    group_sizes: jax.Array
+
+
 class Program:
-    """A layer of a stack as a function of its parameters. Traced once, however many layers and actions run it."""
+    """A layer of a stack, forward and backward, as functions of its parameters. Traced once, however many layers and actions run them."""
 
     def __init__(self, decoder: Decoder, stack: str, shapes: dict):
         self.decoder, self.stack, self.shapes, self.routed_rows = decoder, stack, shapes, None
-        self.run = jax.jit(self._run)
+        self.forward, self.backward = jax.jit(self._forward), jax.jit(self._backward)
+
+    def _forward(self, small, large, x_BSD, where) -> tuple[jax.Array, RouterStats, Kept]:
+        """(output, statistics, what is kept)"""
+        jax.eval_shape(self._run, small, large, {}, x_BSD, where)  # tells the number of routed rows
+        given = small, large, self.zero_taps(x_BSD.shape[0] * x_BSD.shape[1]), where
+
+        def run(x_BSD, small, taps):
+            y_BSD, stats, group_sizes = self._run(small, large, taps, x_BSD, where)
+            return (y_BSD, stats.balance_loss), (stats, group_sizes)
+
+        (y_BSD, _), transpose, (stats, group_sizes) = jax.vjp(self.decoder.rematerialised(run), x_BSD, small, given[2], has_aux=True)
+        # The transpose holds arrays: those that it was given it gets again in `_backward`, all others are kept.
+        leaves, self._transpose = jax.tree.flatten(transpose)
+        places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(given))}
+        self._places = [places.get(id(leaf)) for leaf in leaves]
+        return y_BSD, stats, Kept(tuple(leaf for leaf, place in zip(leaves, self._places) if place is None), group_sizes)
+
+    def _backward(self, small, large, kept: Kept, where, dy_BSD, balance_weight) -> tuple[jax.Array, dict, "Stash"]:
+        """(dx, gradients of the small weights, stash), of a layer whose `forward` has been traced."""
+        given = jax.tree.leaves((small, large, self.zero_taps(dy_BSD.shape[0] * dy_BSD.shape[1]), where))
+        values = iter(kept.values)
+        transpose = jax.tree.unflatten(self._transpose, [next(values) if place is None else given[place] for place in self._places])
+        dx_BSD, d_small, taps = transpose((dy_BSD, balance_weight))  # the cotangents of the taps are the stash
+        return dx_BSD, d_small, Stash(taps, kept.group_sizes)
 
     def _run(self, small, large, taps, x_BSD, where) -> tuple[jax.Array, RouterStats, jax.Array]:
-        """(output, statistics, group sizes); the cotangents of the taps are the stash."""
+        """(output, statistics, group sizes)"""
         params = attach(small, large, taps)
         if self.decoder.recipe.fp8:  # the products read the FP8 forms, which carry no shape of their masters: these are never read
             params = attach(params, _rename(self.shapes, "", lambda _, shape: jnp.zeros(shape.shape, self.decoder.recipe.compute_dtype)))
@@ -66,13 +98,8 @@ class Program:
         [(self.routed_rows, group_sizes)] = seen
         return y_BSD, stats, group_sizes
 
-    def taps(self, weights: Weights, x_BSD: jax.Array, where: Positions) -> dict:
-        """Zeros for every large weight."""
-        jax.eval_shape(self.run, *weights, {}, x_BSD, where)  # tells the number of routed rows
-        return self.zero_taps(x_BSD.shape[0] * x_BSD.shape[1])
-
     def zero_taps(self, num_tokens: int) -> dict:
-        """The same once `routed_rows`, the rows of the experts on this device, are known."""
+        """Zeros for every large weight, once `routed_rows`, the rows of the experts on this device, are known."""
 
         def tap(path, shape):
             rows = self.routed_rows if "experts" in path else num_tokens
@@ -92,15 +119,17 @@ class Layer(NamedTuple):
     weights: Weights
     present: Any
 
-    def forward(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
-        present = lambda weights, x, where: self.program.run(*weights, {}, x, where)[0]  # noqa: E731
-        return self._where_present(present, lambda weights, x, where: x, self.weights, x_BSD, where)
+    def forward(self, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, RouterStats, Kept]:
+        """`Program.forward`; without a layer the input and zeros."""
+        args = *self.weights, x_BSD, where
+        _, *others = jax.eval_shape(self.program.forward, *args)
+        return self._where_present(self.program.forward, lambda small, large, x, where: (x, *zeros(others)), *args)
 
-    def differentiable(self, small: dict, taps: dict, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, RouterStats, jax.Array]:
-        """`Program.run`; without a layer the input and zeros."""
-        args = small, self.weights.large, taps, x_BSD, where
-        _, *others = jax.eval_shape(self.program.run, *args)
-        return self._where_present(self.program.run, lambda small, large, taps, x, where: (x, *zeros(others)), *args)
+    def backward(self, kept: Kept, where: Positions, dy_BSD: jax.Array, balance_weight) -> tuple[jax.Array, dict, Stash]:
+        """`Program.backward`; without a layer the cotangent and zeros."""
+        args = *self.weights, kept, where, dy_BSD, balance_weight
+        _, *others = jax.eval_shape(self.program.backward, *args)
+        return self._where_present(self.program.backward, lambda small, large, kept, where, dy, _: (dy, *zeros(others)), *args)
 
     def add_weight_gradients(self, sums: dict, stash: Stash) -> dict:
         """sums (float32, in the structure of the large masters) plus the gradients that the stash holds."""
@@ -133,12 +162,11 @@ class _Watched:
 
 
 class InputGradient(NamedTuple):
-    """dx [B, S, D]; for each layer: gradients of the small weights, stash, router statistics."""
+    """dx [B, S, D]; for each layer: gradients of the small weights, stash."""
 
     dx_BSD: jax.Array
     small: tuple[dict, ...]
     stash: tuple[Stash, ...]
-    stats: tuple[RouterStats, ...]
 
 
 class Stage(NamedTuple):
@@ -146,28 +174,23 @@ class Stage(NamedTuple):
 
     layers: tuple[Layer, ...]
 
-    def forward(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
+    def forward(self, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, tuple[RouterStats, ...], tuple[Kept, ...]]:
+        """[B, S, D] -> [B, S, D]; for each layer: router statistics, what is kept."""
+        stats, kept = [], []
         for layer in self.layers:
-            x_BSD = layer.forward(x_BSD, where)
-        return x_BSD
+            x_BSD, *found = layer.forward(x_BSD, where)
+            stats.append(found[0])
+            kept.append(found[1])
+        return x_BSD, tuple(stats), tuple(kept)
 
-    def backward_input(self, x_BSD: jax.Array, where: Positions, dy_BSD: jax.Array, balance_weight: jax.Array) -> InputGradient:
-        """From the stage's input and the cotangent of its output. balance_weight: of each layer's balance loss in the total loss."""
-
-        def run(x, small, taps):
-            stats, sizes = [], []
-            for layer, small, taps in zip(self.layers, small, taps):  # noqa: B020
-                x, layer_stats, layer_sizes = layer.differentiable(small, taps, x, where)
-                stats.append(layer_stats)
-                sizes.append(layer_sizes)
-            return (x, [s.balance_loss for s in stats]), (tuple(stats), sizes)
-
-        small = tuple(layer.weights.small for layer in self.layers)
-        taps = tuple(layer.program.taps(layer.weights, x_BSD, where) for layer in self.layers)
-        (_, balance), transpose, (stats, sizes) = jax.vjp(run, x_BSD, small, taps, has_aux=True)
-        dx_BSD, d_small, operands = transpose((dy_BSD, [balance_weight.astype(b.dtype) for b in balance]))
-        return InputGradient(dx_BSD, d_small, tuple(map(Stash, operands, sizes)), stats)
+    def backward_input(self, kept: tuple[Kept, ...], where: Positions, dy_BSD: jax.Array, balance_weight: jax.Array) -> InputGradient:
+        """From what the forward kept and the cotangent of its output. balance_weight: of each layer's balance loss in the total loss."""
+        small, stash = [], []
+        for layer, of_layer in zip(reversed(self.layers), reversed(kept), strict=True):
+            dy_BSD, *found = layer.backward(of_layer, where, dy_BSD, balance_weight)
+            small.append(found[0])
+            stash.append(found[1])
+        return InputGradient(dy_BSD, tuple(reversed(small)), tuple(reversed(stash)))
 
     def add_weight_gradients(self, sums: tuple[dict, ...], stash: tuple[Stash, ...]) -> tuple[dict, ...]:
         """For each layer `Layer.add_weight_gradients`."""

@@ -5,10 +5,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.parallel import buffers, placement, sharding
+from dsv3_jax.parallel import exchange, placement, sharding
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel.buffers import START
 from dsv3_jax.parallel.schedule_table import make_table
@@ -33,7 +34,8 @@ def bytes_a_device(config: TrainConfig, sizes: dict[str, int], size: float = STA
     Masters and moments lie in shards (ZeRO-1, parallel/sharding.py); a step works on whole weights of its own layers and experts.
     size: of the exchange's buffers.
     """
-    decoder = Decoder(config.model, recipe("bf16" if config.precision == "auto" else config.precision))
+    numerics = recipe("bf16" if config.precision == "auto" else config.precision)
+    decoder = Decoder(config.model, numerics, remat=config.remat, exchange=exchange.over_mesh(config.model, sizes, size))
     axes, shapes = decoder.logical_axes(), decoder.abstract_params()
 
     def elements(part, spec_of):
@@ -56,50 +58,56 @@ def bytes_a_device(config: TrainConfig, sizes: dict[str, int], size: float = STA
     if o.ema_decay is not None:
         kinds["moving average, float32"] = 4 * elements(everything, kept)
     if sizes["pipe"] > 1:
-        return kinds | _of_pipeline(config, sizes, decoder, size)
+        return kinds | _of_pipeline(config, sizes, decoder)
     if math.prod(sizes.values()) > 1:
         kinds["weights of a step, float32"] = 4 * elements(everything, working)
     kinds["gradients, float32"] = 4 * elements(trained, working)
     return kinds
 
 
-def _of_pipeline(config: TrainConfig, sizes: dict[str, int], decoder: Decoder, size: float) -> dict[str, int]:
+def _of_pipeline(config: TrainConfig, sizes: dict[str, int], decoder: Decoder) -> dict[str, int]:
     """What a rank of a pipeline holds in a step (parallel/executor.py): for each of its slots a layer, for each place in a ring a value."""
     plan = pipeline.schedule(config, sizes, config.batch_size)
     table, chunks = make_table(plan), placement.place(config.model, plan)
-    hops = [sizes[axis] for axis in sharding.expert_axes(sizes)]
-    held = config.model.n_routed_experts // math.prod(hops)
-    rows = (config.microbatch_size or 0) // (sizes["data"] * math.prod(hops)) or 1
-    tokens = rows * config.sequence_length
-    routed = buffers.rooms(config.model, hops, tokens, size)[1] if math.prod(hops) > 1 else tokens * config.model.num_experts_per_tok
-    shapes = decoder.abstract_params()
+    parts = meshes.num_expert_parts(sizes)
+    held = config.model.n_routed_experts // parts
+    rows = (config.microbatch_size or 0) // (sizes["data"] * parts) or 1
+    x_BSD = jax.ShapeDtypeStruct((rows, config.sequence_length, config.model.hidden_size), decoder.recipe.compute_dtype)
+    where = jax.eval_shape(decoder.positions, jax.ShapeDtypeStruct(x_BSD.shape[:2], jnp.int32))
+    shapes, mesh = decoder.abstract_params(), AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
     def of_layer(stack):
-        """Bytes of a layer's weights as products read them, and of what it leaves for its weight gradients; its elements."""
+        """Bytes of a layer: its weights as products read them, as masters, what it keeps for its backward, for its weight gradients."""
 
         def one(path, leaf):
             shape = (held, *leaf.shape[2:]) if any(key.key == "experts" for key in path) else leaf.shape[1:]
             return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
         layer = jax.tree.map_with_path(one, shapes[stack])
-        weights = Weights.of(layer)
-        program = Program(decoder, stack, weights.large)
-        program.routed_rows = routed
-        stash = jax.eval_shape(functools.partial(program.zero_taps, tokens))
-        return _bytes(jax.eval_shape(lambda w: w.for_products(decoder.recipe), weights)), _bytes(stash), _bytes(layer)
+        masters = Weights.of(layer)
+        program = Program(decoder, stack, masters.large)
+        weights = jax.eval_shape(lambda w: w.for_products(decoder.recipe), masters)
+        whole = PartitionSpec()
+        on_device = jax.shard_map(program.forward, mesh=mesh, in_specs=(whole,) * 4, out_specs=whole, check_vma=False)
+        _, _, kept = jax.eval_shape(on_device, *weights, x_BSD, where)
+        stash = jax.eval_shape(functools.partial(program.zero_taps, rows * config.sequence_length))
+        return [_bytes(tree) for tree in (weights, layer, kept, stash)]
 
-    stacks = {slot.stack: of_layer(slot.stack) for slots in chunks for slot in slots}
-    weights, gradients = (sum(stacks[slot.stack][i] for slots in chunks for slot in slots) for i in (0, 2))
-    stash = sum(count * max([slot.stack for slot in slots].count(stack) for slots in chunks) for stack, (_, count, _) in stacks.items())
+    in_chunks = {
+        slot.stack: max([slot.stack for slot in slots].count(slot.stack) for slots in chunks) for slots in chunks for slot in slots
+    }
+    of_stacks = {stack: of_layer(stack) for stack in in_chunks}
+    weights, gradients = (sum(of_stacks[slot.stack][i] for slots in chunks for slot in slots) for i in (0, 1))
+    kept, stash = (sum(count * of_stacks[stack][i] for stack, count in in_chunks.items()) for i in (2, 3))
     outside = {name: leaf for name, leaf in shapes.items() if name not in placement.STACKS}
     experts = outside.get("mtp", {}).get("layer", {}).get("mlp", {}).get("experts", {})
-    shared = _bytes(outside) - _bytes(experts) + _bytes(experts) // math.prod(hops)
-    places = sum(table.forward_slots) + sum(table.backward_slots) + table.residual_slots + 3
-    value = tokens * config.model.hidden_size * jnp.dtype(decoder.recipe.compute_dtype).itemsize
+    shared = _bytes(outside) - _bytes(experts) + _bytes(experts) // parts
+    places = sum(table.forward_slots) + sum(table.backward_slots) + 2
     return {
         "weights of a step": weights + shared,
         "gradients, float32": gradients + shared,
-        "stage inputs and gradients that wait": places * value,
+        "activations kept for the backward": kept * (table.residual_slots + 1),
+        "outputs and gradients that wait": places * _bytes(x_BSD),
         "operands of weight gradients that wait": stash * (table.stash_slots + 1) if table.stash_slots else 0,
     }
 

@@ -5,8 +5,9 @@
 {"case": ..., "loss": the largest relative difference of the loss and its terms, "gradient": that of any parameter's gradient, "load": the
 largest difference of an expert's tokens}
 
-KIND@N puts off the weight gradients of N microbatches at most. With `bf16` and `fp8_reference` the comparison is with a pipeline of one
-rank on the same other axes and microbatches: over `expert` sums are rounded once more, and tiles of tokens do not reach across devices.
+KIND@N puts off the weight gradients of N microbatches at most, KIND/REMAT keeps what that says (norms_and_up otherwise). With `bf16` and
+`fp8_reference` the comparison is with a pipeline of one rank on the same other axes and microbatches: over `expert` sums are rounded once
+more, and tiles of tokens do not reach across devices.
 """
 
 import functools
@@ -111,7 +112,8 @@ def in_pipeline(precision: str, layers: int, kind: str, mesh: str, count: int, p
     devices = int(np.prod(list(sizes.values())))
     place = meshes.make(mesh, jax.devices()[:devices])
     spread = exchange.over_mesh(model(layers, 16), sizes, 8.0) if devices > sizes["data"] * sizes["pipe"] else exchange_locally
-    decoder = Decoder(model(layers, 16), _recipe(precision), exchange=spread)
+    kind, _, remat = kind.partition("/")
+    decoder = Decoder(model(layers, 16), _recipe(precision), remat=remat or "norms_and_up", exchange=spread)
     kind, _, most = kind.partition("@")
     plan = schedule.build(kind, num_ranks=sizes["pipe"], num_microbatches=count, max_delayed=int(most) if most else None)
     step = jax.jit(lambda params, batch: pipeline_value_and_grad(decoder, params, batch, plan, place, **WEIGHTS))
@@ -127,7 +129,7 @@ def worst(found, expected) -> float:
 
 
 def compare(precision: str, case: str) -> dict:
-    """case: KIND[@N]:MESH[:LAYERS]; one layer more than stages by default, so that they do not divide."""
+    """case: KIND[@N][/REMAT]:MESH[:LAYERS]; one layer more than stages by default, so that they do not divide."""
     kind, mesh, *layers = case.split(":")
     sizes = meshes.parse(mesh)
     ranks, devices = sizes["pipe"], meshes.num_expert_parts(sizes) * sizes["data"]
