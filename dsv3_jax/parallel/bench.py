@@ -154,24 +154,27 @@ class _Exchange:
         (room,), sorted_room = buffers.rooms(config, [devices], tokens, 1.0)
         needed = max(goes.max() / room, arriving.max() / sorted_room)
         size = next(size for size in buffers.SIZES if size >= needed * buffers.HEADROOM)
-        (room,), _ = buffers.rooms(config, [devices], tokens, size)
+        (room,), sorted_room = buffers.rooms(config, [devices], tokens, size)
         self.padding = room * devices / (goes.sum() / devices)
         run = exchange.over_mesh(config, mesh.shape, size)
         load = jnp.zeros(config.n_routed_experts)
 
-        def here(x_TD, experts_TK, weights_TK):
+        def here(x_TD, experts_TK, weights_TK, y_RD):
             def once(_, carry):
                 x, _ = lax.optimization_barrier((x_TD, carry))  # once after the other
-                return run(x, Routing(experts_TK, weights_TK, RouterStats(load, load[0], load[0])), _PassOn(numerics))
+                return run(x, Routing(experts_TK, weights_TK, RouterStats(load, load[0], load[0])), _Idle(numerics, y_RD))
 
             return lax.fori_loop(0, self.LOOP, once, (jnp.zeros_like(x_TD), jnp.zeros(())))
 
-        mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec, PartitionSpec()), check_vma=False)
+        mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec, PartitionSpec()), check_vma=False)
         place = NamedSharding(mesh, spec)
         x_TD = rng.standard_normal((len(experts_TK), config.hidden_size), np.float32).astype(numerics.compute_dtype)
+        y_RD = jax.ShapeDtypeStruct((devices * sorted_room, config.hidden_size), numerics.compute_dtype)
         operands = x_TD, experts_TK, np.full(experts_TK.shape, 1 / 8, np.float32)
-        self.arguments = lambda: jax.device_put(operands, place)
-        self.run = jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in operands)).compile()
+        ones = jax.jit(lambda: jnp.ones(y_RD.shape, y_RD.dtype), out_shardings=place)
+        self.arguments = lambda: (*jax.device_put(operands, place), ones())
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in (*operands, y_RD)]
+        self.run = jax.jit(mapped).lower(*shapes).compile()
 
     def report(self):
         arguments = self.arguments()
@@ -187,17 +190,18 @@ class _Exchange:
         )
 
 
-class _PassOn:
-    """In the place of experts: rows go back as they came."""
+class _Idle:
+    """In the place of experts: takes rows and hands out those that are there, at no cost."""
 
-    def __init__(self, numerics):
-        self.numerics = numerics
+    def __init__(self, numerics, y_RD):
+        self.numerics, self.y_RD = numerics, y_RD
 
     def enter(self, x_TD):
         return quantise(x_TD, self.numerics, FP8_WEIGHTS["gate_up_proj"].input) if self.numerics.fp8 else x_TD
 
     def __call__(self, x_RD, group_sizes_E, weights_R):
-        return x_RD.quantised.values.astype(self.numerics.compute_dtype) if self.numerics.fp8 else x_RD
+        arrived = (x_RD.quantised.values, x_RD.quantised.scales()) if self.numerics.fp8 else x_RD
+        return lax.optimization_barrier((arrived, group_sizes_E, weights_R, self.y_RD))[-1]
 
 
 def _choices(rng, config: ModelConfig, tokens: int, skew: float) -> np.ndarray:
