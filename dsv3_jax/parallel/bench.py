@@ -162,11 +162,14 @@ class _Exchange:
         def here(x_TD, experts_TK, weights_TK, y_RD):
             def once(_, carry):
                 x, _ = lax.optimization_barrier((x_TD, carry))  # once after the other
-                return run(x, Routing(experts_TK, weights_TK, RouterStats(load, load[0], load[0])), _Idle(numerics, y_RD))
+                experts = _Idle(numerics, y_RD)
+                x, fill = run(x, Routing(experts_TK, weights_TK, RouterStats(load, load[0], load[0])), experts)
+                return x, fill, experts.seen
 
-            return lax.fori_loop(0, self.LOOP, once, (jnp.zeros_like(x_TD), jnp.zeros(())))
+            return lax.fori_loop(0, self.LOOP, once, (jnp.zeros_like(x_TD), jnp.zeros(()), jnp.zeros(())))
 
-        mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec, PartitionSpec()), check_vma=False)
+        whole = PartitionSpec()
+        mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec, whole, whole), check_vma=False)
         place = NamedSharding(mesh, spec)
         x_TD = rng.standard_normal((len(experts_TK), config.hidden_size), np.float32).astype(numerics.compute_dtype)
         y_RD = jax.ShapeDtypeStruct((devices * sorted_room, config.hidden_size), numerics.compute_dtype)
@@ -191,7 +194,7 @@ class _Exchange:
 
 
 class _Idle:
-    """In the place of experts: takes rows and hands out those that are there, at no cost."""
+    """In the place of experts: takes rows and hands out those that are there, at no cost. seen: a value that needs all that came."""
 
     def __init__(self, numerics, y_RD):
         self.numerics, self.y_RD = numerics, y_RD
@@ -200,8 +203,10 @@ class _Idle:
         return quantise(x_TD, self.numerics, FP8_WEIGHTS["gate_up_proj"].input) if self.numerics.fp8 else x_TD
 
     def __call__(self, x_RD, group_sizes_E, weights_R):
-        arrived = (x_RD.quantised.values, x_RD.quantised.scales()) if self.numerics.fp8 else x_RD
-        return lax.optimization_barrier((arrived, group_sizes_E, weights_R, self.y_RD))[-1]
+        values, scales = (x_RD.quantised.values, x_RD.quantised.scales()) if self.numerics.fp8 else (x_RD, jnp.zeros(1))
+        came, y_RD = lax.optimization_barrier(((values, scales, group_sizes_E, weights_R), self.y_RD))
+        self.seen = came[0][0, 0].astype(jnp.float32) + sum(jnp.max(x).astype(jnp.float32) for x in came[1:])
+        return y_RD
 
 
 def _choices(rng, config: ModelConfig, tokens: int, skew: float) -> np.ndarray:
