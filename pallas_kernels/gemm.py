@@ -29,7 +29,8 @@ ROWS = 8  # TMA fills SMEM in the 8-row tiles that WGMMA reads, so a row tile be
 WAVE = 64  # rows of one WGMMA
 SMEM_BYTES = 232448  # of one SM
 REDUCTION_SCRATCH = 512
-LINE = 32  # float32 values of 128 bytes, to which a TMA copy must be aligned in SMEM; in global memory it is to 16 bytes
+TMA_ALIGNMENT = 128  # bytes, of a copy's beginning in SMEM; in global memory it is 16
+LINE = TMA_ALIGNMENT // 4  # float32 values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,8 @@ def block_scaled_gemm(config: Config, problem: Problem, a, b, *, table=None, out
     table: the units, if `problem` has no function for them.
     out: with `problem.accumulate`, the `jax.Ref` to add to.
     """
+    if problem.ragged and config.staged(problem.out_type.dtype) * problem.out_type.dtype.itemsize % TMA_ALIGNMENT:
+        raise ValueError(f"config: tiles of a ragged problem need rows of {TMA_ALIGNMENT} bytes to be stored one by one, got {config}")
     operands = [a.values, a.stored_scales, b.values, b.stored_scales]
     operands += [] if table is None else [table.rows]
     operands += [out] if problem.accumulate else []

@@ -65,6 +65,9 @@ def candidates(op: str, m: int) -> list[Config]:
     wide = [(128, 192, "m"), (128, 256, "n"), (192, 128, "m")]
     if op == "masked_matmul":
         found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in [(64, 256, "n"), (128, 128, "m"), (256, 128, "m"), *wide]]
+    elif op == "grouped_matmul" and m <= 128:  # ends of groups are stored by rows, and those must fill lines: at least 64 columns
+        found = [Config(64, cols, 2, None, cluster) for cols in (64, 128) for cluster in (1, 2)]
+        found += [Config(128, 64, 2, "m"), Config(128, 192, 2, "m", 2)] if m > 64 else []
     elif m <= 64:
         found = [Config(64, cols, 2, None, cluster) for cols, cluster in ((16, 2), (32, 2), (64, 1), (64, 2), (128, 2))]
     elif m <= 128:

@@ -8,6 +8,7 @@ import pallas_kernels as pk
 from pallas_kernels import aot, tuning
 from pallas_kernels.gemm import SMEM_BYTES, smem_bytes
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
+from pallas_kernels.grouped_matmul.hopper import grouped_fp8_matmul
 from pallas_kernels.matmul import shapes as dense_shapes
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.wgrad import shapes as wgrad_shapes
@@ -101,6 +102,18 @@ def test_candidates_fit_into_shared_memory(op, m):
     for config in tuning.candidates(op, m):
         for dtype in (jnp.bfloat16, jnp.float32):
             assert smem_bytes(config, b_kind, dtype, ragged=op == "grouped_matmul") <= SMEM_BYTES
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 100, 500, 4096])
+def test_grouped_choices_store_rows_of_whole_lines(rows):
+    """A TMA copy begins at a multiple of 128 bytes of SMEM, and the rows at a group's end are copied one by one."""
+    for groups, n, k in [(16, 512, 256), (64, 2816, 2048), (64, 2048, 1408), (256, 4096, 7168), (256, 7168, 2048)]:
+        config = tuning.choose("grouped_matmul", rows, n, k, 132, groups)
+        assert config.staged(jnp.bfloat16) * 2 % 128 == 0
+    narrow = tuning.Config(64, 32, 2)
+    operands = tiles(100, 256), blocks(4, 128, 256), sizes(4)
+    with pytest.raises(ValueError, match="rows of 128 bytes"):
+        jax.eval_shape(lambda *x: grouped_fp8_matmul(*x, config=narrow), *operands)
 
 
 def test_checked_in_choices_are_of_known_ops():

@@ -37,6 +37,16 @@ def test_grouped(sizes, dtype):
     assert bench.relative_error(pk.grouped_fp8_matmul(a, b, sizes, out_dtype=dtype), want) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize(("rows", "n", "k"), [(6, 2816, 2048), (384, 2048, 1408), (384, 512, 256)])
+def test_grouped_few_rows(rows, n, k):
+    """As in decoding: fewer rows a group than a tile has, so that all of them are stored one by one."""
+    rng = np.random.default_rng(rows)
+    sizes = jnp.asarray(np.bincount(rng.integers(0, 64, rows), minlength=64), jnp.int32)
+    a, b = bench.tiles(0, rows, k), bench.blocks(1, 64, n, k)
+    want = jax.jit(functools.partial(grouped_reference.grouped_fp8_matmul, out_dtype=jnp.float32))(a, b, sizes)
+    assert bench.relative_error(pk.grouped_fp8_matmul(a, b, sizes), want) < 2e-3
+
+
 def test_grouped_rows_past_the_groups_are_zero():
     a, b = bench.tiles(0, 4096, 2048), bench.blocks(1, 4, 7168, 2048)
     got = jax.jit(pk.grouped_fp8_matmul)(a, b, jnp.asarray([100, 0, 3, 1000], jnp.int32))
