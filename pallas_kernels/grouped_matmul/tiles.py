@@ -27,12 +27,12 @@ def num_tiles(rows: int, groups: int, tile: int, align: int = 1) -> int:
 def group_tiles(group_sizes, tile: int, rows: int, align: int = 1) -> Tiles:
     """Tiles of `tile` rows, each beginning at a multiple of `align`. Sizes that add up to more than `rows` are cut."""
     groups = group_sizes.shape[0]
-    last = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
+    last = jnp.minimum(running_sum(group_sizes.astype(jnp.int32)), rows)
     last = jnp.concatenate([last, jnp.full_like(last[:1], rows)])
     first = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
     start = first // align * align
     tiles = jnp.where(last > first, (last - start + tile - 1) // tile, 0)
-    tiles_before = jnp.cumsum(tiles) - tiles
+    tiles_before = running_sum(tiles) - tiles
 
     index = jnp.arange(num_tiles(rows, groups, tile, align), dtype=jnp.int32)
     group = jnp.sum(index[:, None] >= (tiles_before + tiles)[None, :], axis=1, dtype=jnp.int32)
@@ -40,3 +40,9 @@ def group_tiles(group_sizes, tile: int, rows: int, align: int = 1) -> Tiles:
     group = jnp.minimum(group, groups)
     begin = jnp.where(used, start[group] + (index - tiles_before[group]) * tile, 0)
     return Tiles(begin, jnp.maximum(begin, first[group]) * used, jnp.minimum(begin + tile, last[group]) * used, group)
+
+
+def running_sum(x):
+    """`jnp.cumsum` of a few hundred int32: one kernel, where XLA makes several of a scan."""
+    index = jnp.arange(x.size, dtype=jnp.int32)
+    return jnp.sum(jnp.where(index <= index[:, None], x, 0), axis=1, dtype=jnp.int32)
