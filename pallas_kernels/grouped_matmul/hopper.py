@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.gemm import ROWS, Problem, Table, Unit, block_scaled_gemm
-from pallas_kernels.grouped_matmul.tiles import group_tiles
+from pallas_kernels.grouped_matmul.tiles import group_tiles, running_sum
 from pallas_kernels.platform import device_sms
 from pallas_kernels.quantized import num_blocks, pad_operand
 
@@ -19,7 +20,7 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
     tiles = group_tiles(group_sizes, config.tile_m, m, align=ROWS)
     steps = jnp.where(tiles.group < groups, num_blocks(k), 0)  # nothing is multiplied for rows of no group: they become zeros
     valid = (tiles.first - tiles.start) << 16 | (tiles.last - tiles.start)
-    units = Unit(tiles.start // ROWS, valid, jnp.minimum(tiles.group, groups - 1), 0, steps)
+    units = Unit(lax.div(tiles.start, ROWS), valid, jnp.minimum(tiles.group, groups - 1), 0, steps)
     table = Table.of(units, jnp.sum(tiles.last > tiles.first))
 
     problem = Problem(cols=n, out_type=jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), out_dtype), grouped=("b",), ragged=True)
@@ -35,7 +36,7 @@ def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, con
 
     most = -(-rows // config.tile_m)
     tiles = (jnp.clip(counts, 0, rows).astype(jnp.int32) + config.tile_m - 1) // config.tile_m
-    end = jnp.cumsum(tiles)
+    end = running_sum(tiles)
     index = jnp.arange(groups * most, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(index[:, None] >= end[None, :], axis=1, dtype=jnp.int32), groups - 1)
     tile = index - (end - tiles)[group]

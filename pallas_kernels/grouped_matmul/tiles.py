@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Tiles(NamedTuple):
@@ -30,8 +31,8 @@ def group_tiles(group_sizes, tile: int, rows: int, align: int = 1) -> Tiles:
     last = jnp.minimum(running_sum(group_sizes.astype(jnp.int32)), rows)
     last = jnp.concatenate([last, jnp.full_like(last[:1], rows)])
     first = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-    start = first // align * align
-    tiles = jnp.where(last > first, (last - start + tile - 1) // tile, 0)
+    start = first - lax.rem(first, align)
+    tiles = jnp.where(last > first, lax.div(last - start + tile - 1, tile), 0)
     tiles_before = running_sum(tiles) - tiles
 
     index = jnp.arange(num_tiles(rows, groups, tile, align), dtype=jnp.int32)
