@@ -101,15 +101,18 @@ class Runner:
         return result
 
     def compile(self) -> Iterator[tuple[int, int]]:
-        """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
-        requests. The first request that draws, filters or wants log-probabilities adds a small sampling program.
-
-        Programs of all layers are compiled side by side beforehand: a call finds what was compiled of its lowering."""
-        batches, widths, tables, prefill_tokens = self.shapes
+        """Compiles every shape and runs it once, on empty rows; yields (done, of how many): nothing is left to compile for greedy
+        requests. The first request that draws, filters or wants log-probabilities adds a small sampling program."""
+        batches, widths, _, prefill_tokens = self.shapes
         rows = {w: round_up(min(max(prefill_tokens // w, 1), batches[-1]), batches) for w in widths}
         prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
-        shapes = list(itertools.product(prefills + [(b, self.decode_width, None) for b in batches], tables))
-        steps = [(_Inputs.empty(b * self.ranks.count, w, table, prefill=bool(chunk)), chunk) for (b, w, chunk), table in shapes]
+        yield from self.compile_shapes(prefills + [(b, self.decode_width, None) for b in batches])
+
+    def compile_shapes(self, shapes: list[tuple[int, int, str | None]]) -> Iterator[tuple[int, int]]:
+        """`compile` of those (rows of a rank, width, chunk). Programs of all layers are compiled side by side: the call that follows
+        finds what was compiled of its lowering."""
+        sizes = itertools.product(shapes, self.shapes.tables)
+        steps = [(_Inputs.empty(b * self.ranks.count, w, table, prefill=bool(chunk)), chunk) for (b, w, chunk), table in sizes]
         with ThreadPoolExecutor(_COMPILERS) as pool:
             lowered = (_forward.lower(*self._operands(inputs, self._feed(inputs)), chunk=chunk) for inputs, chunk in steps)
             compiled = [pool.submit(program.compile) for program in lowered]
