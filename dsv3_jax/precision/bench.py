@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.precision.bench layers    # four MoE layers of V3, the share of one of 64 expert-parallel GPUs, by class of kernel
     python -m dsv3_jax.precision.bench step      # the training step of a recipe: tokens/s, FLOP utilisation, peak memory
-    python -m dsv3_jax.precision.bench memory    # bytes of that step, compiled only: what each technique saves
+    python -m dsv3_jax.precision.bench memory    # bytes of that step, compiled only (no GPU needed): what each technique saves
 
 `layers` is DeepSeek's public training trace (deepseek-ai/profile-data, train.json: H800, 112 SMs, communication hidden) without the
 communication: one sequence of 4,096 tokens, 4 routed experts with 8,192 rows each, the shared expert, forward and backward with routing,
@@ -218,19 +218,24 @@ def step(arguments) -> None:
 
 
 def memory(arguments) -> None:
-    """Arguments (weights, moments) and temporaries (activations, gradients) of the compiled step, one technique at a time."""
-    base = recipe_config(arguments)
+    """Arguments (weights, moments) and temporaries (activations, gradients) of the step, one technique at a time, compiled as in
+    training/aot.py: needs its packages and no GPU."""
+    from dsv3_jax.training import aot
+
+    base = dataclasses.replace(recipe_config(arguments), mesh="data=1")
     print(f"{'precision':10s}{'remat':14s}{'moments':10s}{'state GiB':>11s}{'temporary GiB':>15s}")
     for precision, remat, moments in (
         ("bf16", "none", "float32"),
         ("bf16", "none", "bfloat16"),
         ("fp8", "none", "bfloat16"),
+        ("bf16", "norms", "bfloat16"),
+        ("fp8", "norms", "bfloat16"),
         ("bf16", "norms_and_up", "bfloat16"),
         ("fp8", "norms_and_up", "bfloat16"),
         ("fp8", "layer", "bfloat16"),
     ):
         optimizer = dataclasses.replace(base.optimizer, moment_dtype=moments)
-        compiled, _, _ = compiled_step(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
+        compiled, _ = aot.compile_step(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
         analysis = compiled.memory_analysis()
         sizes = f"{analysis.argument_size_in_bytes / 2**30:11.2f}{analysis.temp_size_in_bytes / 2**30:15.2f}"
         print(f"{precision:10s}{remat:14s}{moments:10s}{sizes}", flush=True)
@@ -258,7 +263,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also the kernels of one call that take longest (step, layers)")
     arguments = parser.parse_args()
     try:
-        check_devices(named_recipe("fp8"))
+        if arguments.what != "memory":
+            check_devices(named_recipe("fp8"))
     except UserError as error:
         raise SystemExit(str(error)) from None
     {"layers": v3_layers, "step": step, "memory": memory}[arguments.what](arguments)
