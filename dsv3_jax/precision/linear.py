@@ -113,7 +113,7 @@ def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
     if isinstance(w, Quantized):
         w = FP8Weight.of(w, parts)
     elif not isinstance(w, FP8Weight):
-        w = FP8Weight.of(quantize_blocks(jax.lax.stop_gradient(w), implementation=recipe.fp8), parts)._replace(master=w)
+        w = FP8Weight.of(quantize_blocks(jax.lax.stop_gradient(w)), parts)._replace(master=w)
     master = None if w.master is None else jax.ShapeDtypeStruct(w.master.shape, w.master.dtype)
     return fp8.Product(recipe, scales, parts, width, master, out_dtype), w
 

@@ -63,7 +63,7 @@ def quantize_params(params: Mapping, recipe: Recipe) -> dict:
 
     def form(name, w):
         parts = w.shape[-3] if name == "gate_up_proj" else 1
-        return {name + FP8_FORM: FP8Weight.of(quantize_blocks(w, implementation="reference"), parts)}
+        return {name + FP8_FORM: FP8Weight.of(quantize_blocks(w), parts)}
 
     return _select(params, form) if recipe.fp8 else {}
 

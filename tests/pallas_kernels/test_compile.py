@@ -52,7 +52,6 @@ def cases():
         yield f"rmsnorm-{rows}-{cols}", pk.rmsnorm_quantize, (array(rows, cols), array(cols))
         yield f"requantize-{rows}-{cols}", pk.requantize_transposed, (tiles(rows, cols), sizes(4))
         yield f"both-{rows}-{cols}", pk.quantize_both, (array(rows, cols),)
-        yield f"blocks-{rows}-{cols}", pk.quantize_blocks, (array(rows, cols, dtype=jnp.float32),)
         yield f"swiglu-both-{rows}-{cols}", pk.swiglu_quantize_both, (array(rows, cols),)
         yield f"swiglu-backward-{rows}-{cols}", pk.swiglu_backward, (tiles(rows, 2 * cols), array(rows, cols), array(rows), sizes(4))
 
@@ -67,7 +66,7 @@ COMPILED = [
     *(f"dense-{m}-{n}-{k}" for m, n, k in [(64, 7168, 16384), (64, 4096, 7168), (64, 32768, 512), (128, 24576, 1536), (128, 7168, 2048)]),
     *("dense-4096-2112-7168", "dense-4096-7168-16384", "grouped-4x8192-4096-7168", "grouped-256x256-4096-7168", "masked-32x4096-4096-7168"),
     *("wgrad-7168-4096-8192", "grouped-wgrad-4x8192-4096-7168", "quantize-4096-7168", "swiglu-4096-7168", "rmsnorm-4096-7168"),
-    *(f"{op}-4096-7168" for op in ("requantize", "both", "blocks", "swiglu-both", "swiglu-backward")),
+    *(f"{op}-4096-7168" for op in ("requantize", "both", "swiglu-both", "swiglu-backward")),
 ]
 
 
