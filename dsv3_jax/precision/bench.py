@@ -28,6 +28,7 @@ from dsv3_jax.model.moe import combine, dispatch
 from dsv3_jax.precision import attach, check_devices, quantize_params
 from dsv3_jax.precision import recipe as named_recipe
 
+WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}  # kernels in CUDA graphs do not carry the names of their operations
 PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA's data sheet
 LAYERS, LOCAL_EXPERTS = 4, 4
 V3_FLOP = 16.45e12  # of one layer and one sequence, forward and backward, attention counted causal
@@ -104,7 +105,10 @@ def seconds(function, *arguments, calls: int = 10) -> float:
 
 def kernels(compiled, *arguments) -> Counter:
     """{(kernel, scope of its operation): milliseconds} of one call; scopes are read from the compiled program."""
-    scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
+    scopes = {}
+    for line in compiled.as_text().splitlines():  # those with a kernel are hundreds of kilobytes long: no regular expression
+        name, _, operation = line.partition(" = ")
+        scopes[name.split("%")[-1].strip()] = operation.rpartition('op_name="')[2].partition('"')[0] if "op_name=" in operation else ""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(compiled(*arguments))
@@ -142,28 +146,26 @@ def v3_layers(arguments) -> None:
     print(f"{'':20s}{'ms':>9s}{'TFLOP/s':>9s}" + "".join(f"{name:>19s}" for name in TRACE_MS))
     trace = "".join(f"{ms:19.1f}" for ms in TRACE_MS.values())
     print(f"{'DeepSeek, 112 SMs':20s}{129.0:9.1f}{LAYERS * V3_FLOP / 129.0e-3 / 1e12:9.0f}{trace}")
-    for precision in ("bf16", "fp8"):
-        for num_sms in (132, 112):
-            function, make = card_share(ModelConfig(), precision, num_sms)
-            operands = make(4096)
-            compiled = function.lower(*operands).compile()
-            took = seconds(compiled, *operands)
-            milliseconds = kernels(compiled, *operands)
-            sums = by_class(milliseconds)
-            classes = "".join(f"{sums[name]:19.1f}" for name in TRACE_MS)
-            label = f"{precision}, {num_sms} SMs"
-            print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
-            if arguments.profile:
-                print_profile(milliseconds)
-            del operands
-    _, make = card_share(ModelConfig(), "fp8")
-    layers, *_ = make(4096)
-    quantise = jax.jit(lambda layers: [quantize_params(params, named_recipe("fp8")) for params in layers])
-    print(f"quantising the weights, once a step: {seconds(quantise, layers) * 1e3:.2f} ms")
+    numerics = named_recipe(arguments.precision)
+    for num_sms in arguments.num_sms:
+        function, make = card_share(ModelConfig(), arguments.precision, num_sms)
+        operands = make(4096)
+        lowered = function.lower(*operands)
+        took = seconds(lowered.compile(), *operands)
+        milliseconds = kernels(lowered.compile(WITHOUT_GRAPHS), *operands)
+        sums = by_class(milliseconds)
+        classes = "".join(f"{sums[name]:19.1f}" for name in TRACE_MS)
+        label = f"{arguments.precision}, {num_sms} SMs"
+        print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
+        if arguments.profile:
+            print_profile(milliseconds)
+    if numerics.fp8:
+        quantise = jax.jit(lambda layers: [quantize_params(params, numerics) for params in layers])
+        print(f"quantising the weights, once a step: {seconds(quantise, operands[0]) * 1e3:.2f} ms")
 
 
-def compiled_step(config: TrainConfig):
-    """(the compiled training step, a function that makes its state, its other arguments) of a recipe on one device, random tokens."""
+def lowered_step(config: TrainConfig):
+    """(the traced training step, a function that makes its state, its other arguments) of a recipe on one device, random tokens."""
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
@@ -173,8 +175,8 @@ def compiled_step(config: TrainConfig):
     init = jax.jit(lambda key: trainer.init(Decoder(config.model).init(key)))
     rest = batch, jax.tree.map(jnp.float32, Scheduled(1e-4, 0.3, 1e-3))
     one = functools.partial(trainer._step, trainer.spread.decoder(trainer.buffers.size))
-    compiled = jax.jit(one, donate_argnums=0).lower(jax.eval_shape(init, jax.random.key(0)), *rest).compile()
-    return compiled, lambda seed=0: init(jax.random.key(seed)), rest
+    lowered = jax.jit(one, donate_argnums=0).lower(jax.eval_shape(init, jax.random.key(0)), *rest)
+    return lowered, lambda seed=0: init(jax.random.key(seed)), rest
 
 
 def flop_per_token(config: TrainConfig) -> float:
@@ -194,8 +196,9 @@ def step(arguments) -> None:
     """One precision a process, because the peak of memory is the process's."""
     config = recipe_config(arguments)
     start = time.perf_counter()
-    compiled, init, rest = compiled_step(config)
-    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    lowered, init, rest = lowered_step(config)
+    compiled = lowered.compile()
+    print(f"traced and compiled in {time.perf_counter() - start:.0f} s", flush=True)
     state = init()
     for _ in range(3):
         state, metrics = compiled(state, *rest)
@@ -214,7 +217,7 @@ def step(arguments) -> None:
         flush=True,
     )
     if arguments.profile:
-        print_profile(kernels(compiled, state, *rest), 60)
+        print_profile(kernels(lowered.compile(WITHOUT_GRAPHS), state, *rest), 60)
 
 
 def memory(arguments) -> None:
@@ -256,7 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layers", "step", "memory"])
     parser.add_argument("--recipe", default="small", help="of configs/, for step and memory")
-    parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step")
+    parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step and layers")
+    parser.add_argument("--num-sms", type=int, nargs="+", default=[132, 112], help="SMs that products run on, for layers")
     parser.add_argument("--rows", type=int, help="sequences a step; the recipe's microbatch by default")
     parser.add_argument("--no-mtp", action="store_true", help="without the MTP module, as transformers trains the model (step, memory)")
     parser.add_argument("--calls", type=int, default=10)

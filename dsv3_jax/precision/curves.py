@@ -25,15 +25,16 @@ def run(arguments) -> None:
     from dsv3_jax.data.corpus import Corpus
     from dsv3_jax.data.loader import Loader
     from dsv3_jax.data.prepare import prepare, train_tokenizer
-    from dsv3_jax.precision.bench import compiled_step, recipe_config
+    from dsv3_jax.precision.bench import lowered_step, recipe_config
     from dsv3_jax.training import schedules
 
     config = dataclasses.replace(recipe_config(arguments), steps=arguments.steps)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, arguments.steps // 10))
     config = dataclasses.replace(config, optimizer=optimizer)
     start = time.perf_counter()
-    compiled, init, (batch, _) = compiled_step(config)
-    print(f"{config.precision}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    lowered, init, (batch, _) = lowered_step(config)
+    compiled = lowered.compile()
+    print(f"{config.precision}: traced and compiled in {time.perf_counter() - start:.0f} s", flush=True)
     corpus = Corpus(arguments.corpus, heldout_fraction=config.data.heldout_fraction)
     tokenizer = train_tokenizer(corpus, config.model.vocab_size, arguments.cache)
     rows = prepare(corpus, tokenizer, arguments.cache, sequence_length=config.sequence_length, fim_rate=config.data.fim_rate)
