@@ -129,6 +129,7 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, units: Unit, count):
         """`units` has arrays [most] or ints as fields; the first `count` units are to be done."""
+        count = lax.optimization_barrier(count)  # or XLA counts all units within the kernel that makes the table, in one thread
         columns = [field.astype(jnp.int32) for field in units if not isinstance(field, int)]
         # Selected, not stacked: XLA's kernel for many narrow pieces takes ten times as long.
         index = jnp.arange(len(columns), dtype=jnp.int32)

@@ -39,7 +39,10 @@ def choose(op: str, m: int, n: int, k: int, num_sms: int, groups: int = 1) -> Co
     if alike:
         best = min(alike, key=lambda e: (_apart(e["m"], m), _apart(e["groups"], groups), _apart(e["num_sms"], num_sms)))
         return Config(**best["config"])
-    return min(candidates(op, m), key=lambda config: _estimate(config, op, m, n, k, groups, num_sms))
+    found = candidates(op, m)
+    if op == "wgrad":  # there may be few tiles, and many tokens to share out
+        found += [dataclasses.replace(c, split_k=parts) for c in found if c.multicast == "a" for parts in (2, 4, 8, 16)]
+    return min(found, key=lambda config: _estimate(config, op, m, n, k, groups, num_sms))
 
 
 def _kind(*rows):
@@ -103,11 +106,11 @@ def _estimate(config: Config, op: str, m: int, n: int, k: int, groups: int, num_
     multiply = 2 * config.tile_m * config.tile_n * depth / (PEAK_FLOPS / num_sms * efficiency)
     shared_a, shared_b = (config.cluster if config.multicast == operand else 1 for operand in ("a", "b"))
     load = (min(m, config.tile_m) / shared_a + config.tile_n / shared_b) * depth / (L2_BYTES_PER_SECOND / num_sms)
-    sum_parts = 3e-6 + 8 * m * n * config.split_k / L2_BYTES_PER_SECOND if config.split_k > 1 else 0
+    sum_parts = 3e-6 + 8 * m * n * config.split_k / MEMORY_BYTES_PER_SECOND if config.split_k > 1 else 0
     return waves * max(multiply, load) + sum_parts
 
 
-PEAK_FLOPS, L2_BYTES_PER_SECOND = 1979e12, 7.5e12
+PEAK_FLOPS, L2_BYTES_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1979e12, 7.5e12, 3e12
 # of the peak, by tile, measured on an H100; the second scale of a weight gradient costs least where three warpgroups multiply
 _EFFICIENCY = {(256, 128): 0.67, (128, 256): 0.68, (128, 192): 0.62, (192, 128): 0.6, (128, 128): 0.55, (64, 256): 0.5}
 _WGRAD_EFFICIENCY = {(256, 128): 0.49, (128, 256): 0.49, (128, 192): 0.45, (192, 128): 0.5}

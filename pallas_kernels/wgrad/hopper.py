@@ -14,11 +14,19 @@ def fp8_wgrad(a, b, accumulate=None, *, num_sms=None, config=None, interpret=Non
     n, tokens = a.shape
     num_sms = num_sms or device_sms()
     config = config or tuning.choose("wgrad", n, b.shape[0], tokens, num_sms)
+    m_tiles, blocks = -(-n // config.tile_m), num_blocks(tokens)
+    share = -(-blocks // config.split_k)
+    parts = -(-blocks // share)  # small gradients of many tokens: the tokens are shared out, and the parts are summed
 
-    def unit(tile):
-        return Unit(tile * (config.tile_m // ROWS), 0, 0, 0, num_blocks(tokens))
+    def unit(index):
+        part, tile = index // m_tiles, index % m_tiles
+        return Unit(tile * (config.tile_m // ROWS), 0, part, part * share, jnp.minimum(share, blocks - part * share))
 
-    return _run(config, a, b, accumulate, (), num_sms, interpret, units=-(-n // config.tile_m), unit=unit)
+    problem = {"units": m_tiles * parts, "unit": unit}
+    if parts == 1:
+        return _run(config, a, b, accumulate, (), num_sms, interpret, **problem)
+    dw = jnp.sum(_run(config, a, b, None, (parts,), num_sms, interpret, grouped=("out",), **problem), axis=0)
+    return dw if accumulate is None else accumulate + dw
 
 
 def grouped_fp8_wgrad(a, b, group_sizes, accumulate=None, *, num_sms=None, config=None, interpret=None):

@@ -93,6 +93,13 @@ def test_wgrad(implementation, accumulate):
     assert got.dtype == jnp.float32 and error(got, want) < F32
 
 
+def test_tokens_of_a_weight_gradient_are_shared_out(implementation):
+    """Five blocks of tokens in three parts of two, two and one, though four were asked for."""
+    a, b = pk.quantize_tiles(normal(72, 600)), pk.quantize_tiles(normal(64, 600, seed=1))
+    got = implementation("fp8_wgrad", Config(64, 64, 2, split_k=4))(a, b)
+    assert got.shape == (72, 64) and error(got, f64(a) @ f64(b).T) < F32
+
+
 @pytest.mark.parametrize(("sizes", "accumulate"), [([130, 0, 1, 169], False), ([130, 0, 1, 169], True), ([0, 0, 300, 0], False)])
 def test_grouped_wgrad_end_to_end(implementation, sizes, accumulate):
     """From row-quantised operands through requantize_transposed, as the backward pass does it, against the unpadded product."""
