@@ -23,8 +23,8 @@ def quantize_tiles(x, *, pow2=False, floor=AMAX_FLOOR, implementation=None) -> Q
 def quantize_blocks(w, *, pow2=False) -> Quantized:
     """w [..., N, K] -> blocks: a scale amax / 448 for every 128x128 block, and 1 for a block of zeros.
 
-    Plain JAX on every device: weights are quantised once a step or once in all, each shape would be a kernel to compile, and XLA writes the
-    transpose in the same pass. A GPU's division may be two units off, so that there a value half way between two codes may get the other.
+    Plain JAX on every device: weights are quantised once a step or once in all, and each shape would be a kernel to compile. A GPU's
+    division may be two units off, so that there a value half way between two codes may get the other.
     """
     checks.floating("w", w)
     return _run("quantize_blocks", "reference", w, pow2=pow2)
