@@ -72,7 +72,7 @@ def _converted(tree, config, recipe):
         elif name + _SCALE in tree or name.endswith(_SCALE):
             made[name] = leaf
         elif recipe.fp8 and name in FP8_WEIGHTS:
-            made[name], made[name + _SCALE] = _quantised(leaf, recipe.fp8)
+            made[name], made[name + _SCALE] = _quantised(leaf)
         else:
             made[name] = _cast(leaf, recipe.compute_dtype)
     if "kv_b_proj" in tree:
@@ -80,9 +80,9 @@ def _converted(tree, config, recipe):
     return made
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantised(w, implementation):
-    q = quantize_blocks(w.astype(jnp.float32), implementation=implementation)
+@jax.jit
+def _quantised(w):
+    q = quantize_blocks(w.astype(jnp.float32))
     return q.values, q.scales()
 
 

@@ -87,14 +87,35 @@ def _limit_groups(scores_TE: jax.Array, c: ModelConfig) -> jax.Array:
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k`, ties and all, for the few that a router takes: k times the maximum, where XLA would sort."""
+    """`lax.top_k`, ties and all, for the few that a router takes: k times the maximum, where XLA would sort, or by counting."""
     position, found = jnp.arange(x.shape[-1], dtype=jnp.int32), []
+    if x.size * x.shape[-1] <= _COUNTED:
+        places = _places(-x)
+        return _at(places, x, k), _at(places, position, k)
     for _ in range(k):
         index = jnp.argmax(x, axis=-1).astype(jnp.int32)
         found.append((jnp.max(x, axis=-1), index))
         x = jnp.where(position == index[..., None], -jnp.inf, x)
     values, indices = (jnp.stack(part, axis=-1) for part in zip(*found))
     return values, indices
+
+
+# As many comparisons cost less than what they save: sorts, loops and scatters are several kernels, which a decode step of a few rows waits
+# for one after the other.
+_COUNTED = 2**24
+
+
+def _places(keys: jax.Array) -> jax.Array:
+    """int32 [..., n]: where each of keys [..., n] stands in ascending order, equal ones in theirs."""
+    index = jnp.arange(keys.shape[-1], dtype=jnp.int32)
+    mine, other = keys[..., :, None], keys[..., None, :]
+    return jnp.sum((other < mine) | ((other == mine) & (index < index[:, None])), axis=-1, dtype=jnp.int32)
+
+
+def _at(places: jax.Array, values: jax.Array, count: int) -> jax.Array:
+    """The values [..., n] that stand at the first `count` places."""
+    place = jnp.arange(count, dtype=jnp.int32)
+    return jnp.sum(jnp.where(places[..., None, :] == place[:, None], values[..., None, :], 0), axis=-1, dtype=values.dtype)
 
 
 def _count(experts: jax.Array, num_experts: int) -> jax.Array:
@@ -124,13 +145,14 @@ class Experts(Module):
         """Tokens as they are dispatched: in FP8 recipes quantised, so that half of the bytes travel (report §3.3.3)."""
         return quantise(x_TD, self.recipe, FP8_WEIGHTS["gate_up_proj"].input) if self.recipe.fp8 else x_TD
 
-    def __call__(self, x_RD: jax.Array | Activation, group_sizes_E: jax.Array, weights_R: jax.Array) -> jax.Array:
+    def __call__(self, x_RD: jax.Array | Activation, group_sizes_E: jax.Array, weights_R: jax.Array, *, filled=False) -> jax.Array:
         """[R, D] rows sorted by expert, as `enter` gives them, and their routing weights -> weighted outputs [R, D].
 
         The weights act before the down-projection, which is the same and lets the backward pass do without the outputs.
+        filled: every row is some expert's.
         """
-        gate_up = self.grouped_linear("gate_up_proj", x_RD, group_sizes_E)
-        return self.swiglu_linear("down_proj", gate_up, group_sizes_E, weights_R)
+        gate_up = self.grouped_linear("gate_up_proj", x_RD, group_sizes_E, filled=filled)
+        return self.swiglu_linear("down_proj", gate_up, group_sizes_E, weights_R, filled=filled)
 
 
 class Dispatched(NamedTuple):
@@ -146,9 +168,14 @@ class Dispatched(NamedTuple):
 def dispatch(x_TD: jax.Array | Activation, routing: Routing) -> Dispatched:
     """Every token once for each of its experts, sorted by expert: dropless, no padding."""
     flat = routing.experts_TK.reshape(-1)
-    order_R = checkpoint_name(jnp.argsort(flat, stable=True).astype(jnp.int32), "router")
-    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
-    inverse_R = checkpoint_name(inverse_R, "router")
+    index_R = jnp.arange(flat.size, dtype=jnp.int32)
+    if flat.size**2 <= _COUNTED:
+        inverse_R = _places(flat)
+        order_R = _at(inverse_R, index_R, flat.size)
+    else:
+        order_R = jnp.argsort(flat, stable=True).astype(jnp.int32)
+        inverse_R = jnp.zeros_like(order_R).at[order_R].set(index_R, unique_indices=True)
+    order_R, inverse_R = checkpoint_name((order_R, inverse_R), "router")
     group_sizes_E = jnp.sum(flat[:, None] == jnp.arange(routing.stats.load_E.size), axis=0, dtype=jnp.int32)
     x_RD = keep(_spread(x_TD, order_R, inverse_R), "dispatched")
     weights_R = _permute(routing.weights_TK.reshape(-1), order_R, inverse_R)
@@ -190,7 +217,8 @@ def _spread_array(x_TD, order_R, inverse_R, empty):
 
 _spread_array.defvjp(
     lambda x_TD, order_R, inverse_R, empty: (_spread_array(x_TD, order_R, inverse_R, empty), (inverse_R, x_TD.shape[0])),
-    lambda empty, saved, dy_RD: (_collect_rows(dy_RD, *saved), None, None),
+    # Held apart: in one fusion with the reductions over whole rows that follow, the gather runs at a third of the memory's rate.
+    lambda empty, saved, dy_RD: (jax.lax.optimization_barrier(_collect_rows(dy_RD, *saved)), None, None),
 )
 
 
@@ -218,7 +246,7 @@ Exchange = Callable[[jax.Array, Routing, Experts], tuple[jax.Array, jax.Array]]
 def exchange_locally(x_TD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
     """The exchange of one device that holds all experts."""
     dispatched = dispatch(experts.enter(x_TD), routing)
-    y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R)
+    y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R, filled=True)
     return combine(y_RD, dispatched, x_TD.shape[0]), routing.stats.fill
 
 

@@ -48,5 +48,6 @@ def tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate adjacent pairs of x [..., R] by cos, sin [..., R/2], in float32."""
-    even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # kept together: nothing is transposed
+    turned = jnp.flip(pairs, -1) * jnp.stack([-sin, sin], axis=-1)
+    return (pairs * cos[..., None] + turned).reshape(x.shape).astype(x.dtype)

@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.precision.bench layers    # four MoE layers of V3, the share of one of 64 expert-parallel GPUs, by class of kernel
     python -m dsv3_jax.precision.bench step      # the training step of a recipe: tokens/s, FLOP utilisation, peak memory
-    python -m dsv3_jax.precision.bench memory    # bytes of that step, compiled only: what each technique saves
+    python -m dsv3_jax.precision.bench memory    # bytes of that step, compiled only (no GPU needed): what each technique saves
 
 `layers` is DeepSeek's public training trace (deepseek-ai/profile-data, train.json: H800, 112 SMs, communication hidden) without the
 communication: one sequence of 4,096 tokens, 4 routed experts with 8,192 rows each, the shared expert, forward and backward with routing,
@@ -28,6 +28,7 @@ from dsv3_jax.model.moe import combine, dispatch
 from dsv3_jax.precision import attach, check_devices, quantize_params
 from dsv3_jax.precision import recipe as named_recipe
 
+WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}  # kernels in CUDA graphs do not carry the names of their operations
 PEAK = {"bf16": 989e12, "fp8": 1979e12}  # dense FLOP/s of the card, from NVIDIA's data sheet
 LAYERS, LOCAL_EXPERTS = 4, 4
 V3_FLOP = 16.45e12  # of one layer and one sequence, forward and backward, attention counted causal
@@ -56,7 +57,7 @@ def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
         slots = jnp.arange(routing.experts_TK.size, dtype=jnp.int32).reshape(routing.experts_TK.shape)
         local = routing._replace(experts_TK=slots % LOCAL_EXPERTS, stats=routing.stats._replace(load_E=jnp.zeros(LOCAL_EXPERTS)))
         dispatched = dispatch(experts.enter(x_TD), local)
-        y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R)
+        y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R, filled=True)
         return combine(y_RD, dispatched, x_TD.shape[0]), routing.stats.fill
 
     numerics = dataclasses.replace(named_recipe(precision), num_sms=num_sms)
@@ -104,7 +105,10 @@ def seconds(function, *arguments, calls: int = 10) -> float:
 
 def kernels(compiled, *arguments) -> Counter:
     """{(kernel, scope of its operation): milliseconds} of one call; scopes are read from the compiled program."""
-    scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
+    scopes = {}
+    for line in compiled.as_text().splitlines():  # those with a kernel are hundreds of kilobytes long: no regular expression
+        name, _, operation = line.partition(" = ")
+        scopes[name.split("%")[-1].strip()] = operation.rpartition('op_name="')[2].partition('"')[0] if "op_name=" in operation else ""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(compiled(*arguments))
@@ -142,28 +146,26 @@ def v3_layers(arguments) -> None:
     print(f"{'':20s}{'ms':>9s}{'TFLOP/s':>9s}" + "".join(f"{name:>19s}" for name in TRACE_MS))
     trace = "".join(f"{ms:19.1f}" for ms in TRACE_MS.values())
     print(f"{'DeepSeek, 112 SMs':20s}{129.0:9.1f}{LAYERS * V3_FLOP / 129.0e-3 / 1e12:9.0f}{trace}")
-    for precision in ("bf16", "fp8"):
-        for num_sms in (132, 112):
-            function, make = card_share(ModelConfig(), precision, num_sms)
-            operands = make(4096)
-            compiled = function.lower(*operands).compile()
-            took = seconds(compiled, *operands)
-            milliseconds = kernels(compiled, *operands)
-            sums = by_class(milliseconds)
-            classes = "".join(f"{sums[name]:19.1f}" for name in TRACE_MS)
-            label = f"{precision}, {num_sms} SMs"
-            print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
-            if arguments.profile:
-                print_profile(milliseconds)
-            del operands
-    _, make = card_share(ModelConfig(), "fp8")
-    layers, *_ = make(4096)
-    quantise = jax.jit(lambda layers: [quantize_params(params, named_recipe("fp8")) for params in layers])
-    print(f"quantising the weights, once a step: {seconds(quantise, layers) * 1e3:.2f} ms")
+    numerics = named_recipe(arguments.precision)
+    for num_sms in arguments.num_sms:
+        function, make = card_share(ModelConfig(), arguments.precision, num_sms)
+        operands = make(4096)
+        lowered = function.lower(*operands)
+        took = seconds(lowered.compile(), *operands)
+        milliseconds = kernels(lowered.compile(WITHOUT_GRAPHS), *operands)
+        sums = by_class(milliseconds)
+        classes = "".join(f"{sums[name]:19.1f}" for name in TRACE_MS)
+        label = f"{arguments.precision}, {num_sms} SMs"
+        print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
+        if arguments.profile:
+            print_profile(milliseconds)
+    if numerics.fp8:
+        quantise = jax.jit(lambda layers: [quantize_params(params, numerics) for params in layers])
+        print(f"quantising the weights, once a step: {seconds(quantise, operands[0]) * 1e3:.2f} ms")
 
 
-def compiled_step(config: TrainConfig):
-    """(the compiled training step, a function that makes its state, its other arguments) of a recipe on one device, random tokens."""
+def lowered_step(config: TrainConfig):
+    """(the traced training step, a function that makes its state, its other arguments) of a recipe on one device, random tokens."""
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
@@ -173,8 +175,8 @@ def compiled_step(config: TrainConfig):
     init = jax.jit(lambda key: trainer.init(Decoder(config.model).init(key)))
     rest = batch, jax.tree.map(jnp.float32, Scheduled(1e-4, 0.3, 1e-3))
     one = functools.partial(trainer._step, trainer.spread.decoder(trainer.buffers.size))
-    compiled = jax.jit(one, donate_argnums=0).lower(jax.eval_shape(init, jax.random.key(0)), *rest).compile()
-    return compiled, lambda seed=0: init(jax.random.key(seed)), rest
+    lowered = jax.jit(one, donate_argnums=0).lower(jax.eval_shape(init, jax.random.key(0)), *rest)
+    return lowered, lambda seed=0: init(jax.random.key(seed)), rest
 
 
 def flop_per_token(config: TrainConfig) -> float:
@@ -194,8 +196,9 @@ def step(arguments) -> None:
     """One precision a process, because the peak of memory is the process's."""
     config = recipe_config(arguments)
     start = time.perf_counter()
-    compiled, init, rest = compiled_step(config)
-    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    lowered, init, rest = lowered_step(config)
+    compiled = lowered.compile()
+    print(f"traced and compiled in {time.perf_counter() - start:.0f} s", flush=True)
     state = init()
     for _ in range(3):
         state, metrics = compiled(state, *rest)
@@ -214,23 +217,28 @@ def step(arguments) -> None:
         flush=True,
     )
     if arguments.profile:
-        print_profile(kernels(compiled, state, *rest), 60)
+        print_profile(kernels(lowered.compile(WITHOUT_GRAPHS), state, *rest), 60)
 
 
 def memory(arguments) -> None:
-    """Arguments (weights, moments) and temporaries (activations, gradients) of the compiled step, one technique at a time."""
-    base = recipe_config(arguments)
+    """Arguments (weights, moments) and temporaries (activations, gradients) of the step, one technique at a time, compiled as in
+    training/aot.py: needs its packages and no GPU."""
+    from dsv3_jax.training import aot
+
+    base = dataclasses.replace(recipe_config(arguments), mesh="data=1")
     print(f"{'precision':10s}{'remat':14s}{'moments':10s}{'state GiB':>11s}{'temporary GiB':>15s}")
     for precision, remat, moments in (
         ("bf16", "none", "float32"),
         ("bf16", "none", "bfloat16"),
         ("fp8", "none", "bfloat16"),
+        ("bf16", "norms", "bfloat16"),
+        ("fp8", "norms", "bfloat16"),
         ("bf16", "norms_and_up", "bfloat16"),
         ("fp8", "norms_and_up", "bfloat16"),
         ("fp8", "layer", "bfloat16"),
     ):
         optimizer = dataclasses.replace(base.optimizer, moment_dtype=moments)
-        compiled, _, _ = compiled_step(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
+        compiled, _ = aot.compile_step(dataclasses.replace(base, precision=precision, remat=remat, optimizer=optimizer))
         analysis = compiled.memory_analysis()
         sizes = f"{analysis.argument_size_in_bytes / 2**30:11.2f}{analysis.temp_size_in_bytes / 2**30:15.2f}"
         print(f"{precision:10s}{remat:14s}{moments:10s}{sizes}", flush=True)
@@ -251,14 +259,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layers", "step", "memory"])
     parser.add_argument("--recipe", default="small", help="of configs/, for step and memory")
-    parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step")
+    parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step and layers")
+    parser.add_argument("--num-sms", type=int, nargs="+", default=[132, 112], help="SMs that products run on, for layers")
     parser.add_argument("--rows", type=int, help="sequences a step; the recipe's microbatch by default")
     parser.add_argument("--no-mtp", action="store_true", help="without the MTP module, as transformers trains the model (step, memory)")
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also the kernels of one call that take longest (step, layers)")
     arguments = parser.parse_args()
     try:
-        check_devices(named_recipe("fp8"))
+        if arguments.what != "memory":
+            check_devices(named_recipe("fp8"))
     except UserError as error:
         raise SystemExit(str(error)) from None
     {"layers": v3_layers, "step": step, "memory": memory}[arguments.what](arguments)

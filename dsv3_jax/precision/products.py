@@ -16,7 +16,13 @@ def einsum(axes: str, a: jax.Array, b: jax.Array, recipe: Recipe, out_dtype: Any
     """
     if not recipe.in_parts:
         return jnp.einsum(axes, a, b, precision=recipe.product_precision, preferred_element_type=out_dtype)
-    pairs = [(x, y) for i, x in enumerate(_parts(a)) for j, y in enumerate(_parts(b)) if i + j < 3]
+    parts_of_a, parts_of_b = _parts(a), _parts(b)
+    pairs = [(x, y) for i, x in enumerate(parts_of_a) for j, y in enumerate(parts_of_b) if i + j < 3]
+    if len(parts_of_a) > 1 and len(parts_of_b) > 1:  # one product of all parts side by side, along the axis that is summed over
+        names = axes.split("->")[0].split(",")
+        (summed,) = set(names[0]) & set(names[1])
+        a, b = (jnp.concatenate(parts, axis=name.index(summed)) for parts, name in zip(zip(*reversed(pairs)), names))
+        return jnp.einsum(axes, a, b, preferred_element_type=out_dtype)
     return sum(jnp.einsum(axes, x, y, preferred_element_type=jnp.float32) for x, y in reversed(pairs)).astype(out_dtype)
 
 

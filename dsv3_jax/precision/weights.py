@@ -63,7 +63,8 @@ def quantize_params(params: Mapping, recipe: Recipe) -> dict:
 
     def form(name, w):
         parts = w.shape[-3] if name == "gate_up_proj" else 1
-        return {name + FP8_FORM: FP8Weight.of(quantize_blocks(w, implementation=recipe.fp8), parts)}
+        q = jax.lax.optimization_barrier(quantize_blocks(w))  # or XLA transposes what codes are made from, of four bytes, not the codes
+        return {name + FP8_FORM: FP8Weight.of(q, parts)}
 
     return _select(params, form) if recipe.fp8 else {}
 

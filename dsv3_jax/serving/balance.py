@@ -17,7 +17,6 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import eplb
 from dsv3_jax.parallel.replicas import Moves, add_slots, move
 from dsv3_jax.serving.ranks import WHOLE, Ranks
-from dsv3_jax.serving.runner import Runner
 
 log = logging.getLogger("dsv3_jax.serving")
 
@@ -34,15 +33,14 @@ class Balance(NamedTuple):
 
 
 class Balancer:
-    """Args: the runner, whose experts it lays out in slots; redundant: slots beyond one for each expert;
-    interval: steps between plans, 0 for none.
+    """Args: params, as they lie on the ranks: their experts are laid out in slots and moved, in these very dicts; redundant: slots
+    beyond one for each expert; interval: steps between plans, 0 for none.
 
     plan [layers, slots]: the expert of each slot. Raises UserError where the slots do not divide over the devices.
     """
 
-    def __init__(self, runner: Runner, *, redundant: int, interval: int):
-        self._runner, self._interval = runner, interval
-        self._config, self._ranks = runner.decoder.config, runner.ranks
+    def __init__(self, config: ModelConfig, params: dict, ranks: Ranks, *, redundant: int, interval: int):
+        self._config, self._params, self._ranks, self._interval = config, params, ranks, interval
         check(self._config, self._ranks, redundant)
         self.stats = Balance()
         self._average: np.ndarray | None = None
@@ -54,7 +52,7 @@ class Balancer:
         first = empty.copy()
         for device in range(parts):  # what is left takes copies of the next device's experts
             first[device, experts // parts :] = np.resize(np.roll(np.arange(experts), -(device + 1) * experts // parts), redundant // parts)
-        layers = len(runner.params["moe_layers"])
+        layers = len(params["moe_layers"])
         self.plan = np.tile(empty.reshape(-1), (layers, 1))
         self._most_copies = redundant + 1
         for layer in range(layers):
@@ -118,7 +116,7 @@ class Balancer:
         experts["slots"] = jax.device_put(table, NamedSharding(mesh, WHOLE))
 
     def _experts(self, layer: int) -> dict:
-        return self._runner.params["moe_layers"][layer]["mlp"]["experts"]
+        return self._params["moe_layers"][layer]["mlp"]["experts"]
 
 
 def check(config: ModelConfig, ranks: Ranks, redundant: int) -> None:

@@ -92,7 +92,10 @@ class Engine:
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
         max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
-        params = ranks.decode_params(decoder, params, consume=consume)
+        params = ranks.place(ranks.decode_params(decoder, params, consume=consume))
+        self.balancer = None
+        if redundant_experts or rebalance_steps:  # before the cache is sized: copies of experts take memory
+            self.balancer = Balancer(config, params, ranks, redundant=redundant_experts, interval=rebalance_steps)
         dtype = jnp.uint8 if fp8_cache else decoder.recipe.compute_dtype
         shapes = Shapes.of(max_batch=-(-max_batch // ranks.count), max_length=max_length, prefill_tokens=prefill_tokens)
         if num_pages is None:
@@ -105,9 +108,6 @@ class Engine:
         self.runner = Runner(
             ranks.decoder(decoder), params, shapes, num_pages=num_pages, cache_dtype=dtype, speculate=speculate, ranks=ranks
         )
-        self.balancer = None
-        if redundant_experts or rebalance_steps:
-            self.balancer = Balancer(self.runner, redundant=redundant_experts, interval=rebalance_steps)
         self.pool = PagePool(num_pages, ranks.count, HostTier(host_pages) if host_pages else None)
         self.host = HostPages(self.runner.caches, host_pages, ranks) if host_pages else None
         self.scheduler = Scheduler(

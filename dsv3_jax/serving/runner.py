@@ -9,6 +9,7 @@ ranks make one step (ranks.py).
 import functools
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from dsv3_jax.serving.scheduler import Work, round_up
 _BATCHES = (1, 8, 32, 64, 128, 256)
 _WIDTHS = (64, 256, 1024)
 _TABLES = (4, 16, 64, 256, 1024)
+_COMPILERS = 8  # programs that are compiled at once, each by several threads
 
 
 class Shapes(NamedTuple):
@@ -67,7 +69,7 @@ class Runner:
     """Holds the parameters and the caches on the device.
 
     Args:
-      decoder, params: the model; parameters as `Decoder.decode_params` gives them.
+      decoder, params: the model; parameters as `Decoder.decode_params` gives them, where they are used (`Ranks.place`).
       shapes: of its programs.
       num_pages: pages of the pool, those of all ranks together.
       cache_dtype: of the pages; uint8 is the FP8 layout.
@@ -78,7 +80,7 @@ class Runner:
     def __init__(
         self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: bool, ranks: Ranks = ONE_DEVICE
     ):
-        self.decoder, self.params, self.shapes, self.speculate, self.ranks = decoder, ranks.place(params), shapes, speculate, ranks
+        self.decoder, self.params, self.shapes, self.speculate, self.ranks = decoder, params, shapes, speculate, ranks
         self._pages_per_rank = num_pages // ranks.count
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
         self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
@@ -99,16 +101,25 @@ class Runner:
         return result
 
     def compile(self) -> Iterator[tuple[int, int]]:
-        """Runs every shape once on empty rows, yields (done, of how many) after each: nothing is left to compile for greedy
+        """Compiles every shape and runs it once, on empty rows; yields (done, of how many): nothing is left to compile for greedy
         requests. The first request that draws, filters or wants log-probabilities adds a small sampling program."""
-        batches, widths, tables, prefill_tokens = self.shapes
+        batches, widths, _, prefill_tokens = self.shapes
         rows = {w: round_up(min(max(prefill_tokens // w, 1), batches[-1]), batches) for w in widths}
         prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
-        shapes = list(itertools.product(prefills + [(b, self.decode_width, None) for b in batches], tables))
-        for done, ((batch, width, chunk), table) in enumerate(shapes, 1):
-            inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=chunk is not None)
-            jax.block_until_ready(self._launch(inputs, logprobs=False, chunk=chunk, bias={}))
-            yield done, len(shapes)
+        yield from self.compile_shapes(prefills + [(b, self.decode_width, None) for b in batches])
+
+    def compile_shapes(self, shapes: list[tuple[int, int, str | None]]) -> Iterator[tuple[int, int]]:
+        """`compile` of those (rows of a rank, width, chunk). Programs of all layers are compiled side by side: the call that follows
+        finds what was compiled of its lowering."""
+        sizes = itertools.product(shapes, self.shapes.tables)
+        steps = [(_Inputs.empty(b * self.ranks.count, w, table, prefill=bool(chunk)), chunk) for (b, w, chunk), table in sizes]
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            lowered = (_forward.lower(*self._operands(inputs, self._feed(inputs)), chunk=chunk) for inputs, chunk in steps)
+            compiled = [pool.submit(program.compile) for program in lowered]
+            for done, ((inputs, chunk), program) in enumerate(zip(steps, compiled), 1):
+                program.result()
+                jax.block_until_ready(self._launch(inputs, logprobs=False, chunk=chunk, bias={}))
+                yield done, len(steps)
 
     @property
     def decode_width(self) -> int:
@@ -144,15 +155,20 @@ class Runner:
                 inputs.next_tokens[row, : len(following)] = following
         return rows, inputs._replace(rows=Rows.of(params, len(params)))
 
+    def _feed(self, inputs: "_Inputs") -> tuple:
+        of_rows = inputs.tokens, inputs.positions, inputs.lengths, inputs.limits, inputs.source, inputs.last
+        return _feed(self.ranks, self._last, *of_rows)
+
+    def _operands(self, inputs: "_Inputs", fed: tuple) -> tuple:
+        """Of `_forward`."""
+        tokens_BS, positions_BS, lengths_B, _ = fed
+        where = positions_BS, self.caches, inputs.page_table, lengths_B
+        return self.decoder, self.ranks, self.params, tokens_BS, *where, inputs.last
+
     def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> tuple:
         """`Result` without its rows, for inputs that have them. bias: by row."""
-        tokens_BS, positions_BS, lengths_B, new_positions_BQ = _feed(
-            self.ranks, self._last, inputs.tokens, inputs.positions, inputs.lengths, inputs.limits, inputs.source, inputs.last
-        )
-        where = (positions_BS, self.caches, inputs.page_table, lengths_B)
-        logits_BQW, hidden_BSD, self.caches, load_LE = _forward(
-            self.decoder, self.ranks, self.params, tokens_BS, *where, inputs.last, chunk=chunk
-        )
+        tokens_BS, positions_BS, lengths_B, new_positions_BQ = fed = self._feed(inputs)
+        logits_BQW, hidden_BSD, self.caches, load_LE = _forward(*self._operands(inputs, fed), chunk=chunk)
         bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values

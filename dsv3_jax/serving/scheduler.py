@@ -196,16 +196,20 @@ class Scheduler:
 
     def _grow(self, decoding: list[Request]) -> list[Request]:
         """Gives each request pages for its next step; those who can, oldest first."""
-        grown = []
+        grown, lost = [], set()
         for request in decoding:
+            if request in lost:
+                continue
             ahead = self.lookahead if request.in_flight else 0
             needed = pages_for(min(_start(request) + ahead + self.lookahead, request.max_tokens))
-            while request in self.running and needed > len(request.pages):
+            while needed > len(request.pages) and request not in lost:
                 if self.pool.num_free_on(request.rank):
                     request.pages.append(self.pool.allocate(request.rank))
                 else:
-                    self._preempt([other for other in self.running if other.rank == request.rank][-1])
-            if request in self.running:
+                    youngest = [other for other in self.running if other.rank == request.rank][-1]
+                    self._preempt(youngest)
+                    lost.add(youngest)
+            if request not in lost:
                 grown.append(request)
         return grown
 

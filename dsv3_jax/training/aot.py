@@ -49,7 +49,8 @@ def compile_step(config: TrainConfig, size: float = START) -> tuple[jax.stages.C
         start = time.perf_counter()
         lowered = trainer.jitted(size).lower(state, {"tokens": tokens}, Scheduled(1e-4, 0.3, 1e-3))
         traced = time.perf_counter()
-        compiled = lowered.compile({"xla_gpu_autotune_level": 0})  # or each product's candidates would be compiled one by one
+        # Or each product's candidates would be compiled one by one; and fusions with a product have no default, so that there are none.
+        compiled = lowered.compile({"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False})
     return compiled, {"tracing": traced - start, "compiling": time.perf_counter() - traced}
 
 

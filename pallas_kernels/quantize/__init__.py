@@ -2,7 +2,8 @@
 
 Every function takes bfloat16, float16 or float32 and computes in float32. `pow2` rounds the scales up to powers of two, as the report does
 for the inputs that are quantised a second time for the backward pass. `floor` is the least amax of a tile: gradients may lie below the
-default, which was made for activations, and would become zeros. Codes and scales are exact: see `reference.py` for the formulas.
+default, which was made for activations, and would become zeros. Codes and scales are exact (but for `quantize_blocks` on a GPU):
+`reference.py` has the formulas.
 Raises ValueError for wrong dtypes or shapes.
 """
 
@@ -19,10 +20,14 @@ def quantize_tiles(x, *, pow2=False, floor=AMAX_FLOOR, implementation=None) -> Q
     return _run("quantize_tiles", implementation, x, pow2=pow2, floor=floor)
 
 
-def quantize_blocks(w, *, pow2=False, implementation=None) -> Quantized:
-    """w [..., N, K] -> blocks: a scale amax / 448 for every 128x128 block, and 1 for a block of zeros."""
+def quantize_blocks(w, *, pow2=False) -> Quantized:
+    """w [..., N, K] -> blocks: a scale amax / 448 for every 128x128 block, and 1 for a block of zeros.
+
+    Plain JAX on every device: weights are quantised once a step or once in all, and each shape would be a kernel to compile. A GPU's
+    division may be two units off, so that there a value half way between two codes may get the other.
+    """
     checks.floating("w", w)
-    return _run("quantize_blocks", implementation, w, pow2=pow2)
+    return _run("quantize_blocks", "reference", w, pow2=pow2)
 
 
 def swiglu_quantize(gate_up, *, pow2=False, implementation=None) -> Quantized:

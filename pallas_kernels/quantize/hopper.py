@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm import ROWS, swizzled
-from pallas_kernels.quantize.blocks import quantize_blocks  # noqa: F401
 from pallas_kernels.quantize.reference import AMAX_FLOOR
 from pallas_kernels.quantize.registers import quantize_registers, rows_layout
 from pallas_kernels.quantize.swiglu import swiglu_backward  # noqa: F401

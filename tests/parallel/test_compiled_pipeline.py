@@ -46,7 +46,7 @@ TABLE = make_table(SCHEDULE)
 def computations():
     """The compiled pipeline of two ranks of two devices: {name of a computation: its instructions, in order}."""
     mesh = meshes.make("pipe=2,expert=2", aot.hopper(4))
-    decoder = Decoder(MODEL, BF16, exchange=exchange.over_mesh(MODEL, mesh.shape, 2.0))
+    decoder = Decoder(MODEL, BF16, remat="norms_and_up", exchange=exchange.over_mesh(MODEL, mesh.shape, 2.0))
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     params = decoder.abstract_params()
     shardings = sharding.state_shardings(decoder.logical_axes(), params, mesh)
@@ -105,18 +105,19 @@ def test_products_run_while_tokens_travel(computations, action):
         elif found := re.search(r" all-to-all-done\(.*?%?([\w.-]+)\)", line):
             total += 1
             hidden += any(is_product(computations, between) for between in body[started[found[1]] + 1 : i])
-    assert total >= 5 and hidden >= 0.75 * total, (hidden, total)
+    assert total >= 4 and hidden >= 0.75 * total, (hidden, total)
     assert not [line for line in body if re.search(r" all-to-all\(", line)]  # one that does not run beside others
 
 
 def test_no_copy_of_a_ring(computations):
     """In no branch, and not between ticks."""
     value = f"{ROWS},{LENGTH},{WIDTH}"
-    slots = sum(TABLE.forward_slots), sum(TABLE.backward_slots), TABLE.residual_slots
-    rings = [rf"bf16\[{n + 1},{value}\]" for n in slots] + [rf"\w+\[{TABLE.stash_slots + 1},\d+,\d+\]"]
+    inputs = [rf"bf16\[{n + 1},{value}\]" for n in (sum(TABLE.forward_slots), sum(TABLE.backward_slots))]
+    rings = inputs + [rf"\w+\[{n + 1},\d+,\d+\S*\]" for n in (TABLE.residual_slots, TABLE.stash_slots)]
     of_actions = branches(computations)
     [tick] = [name for name, body in computations.items() if any(of_actions["F0B1"] in line for line in body)]
     lines = inside(computations, tick)
-    assert any(re.search(rf"= \(?{ring}", line) for line in lines for ring in rings[:1])  # the rings are there
+    for ring in rings:
+        assert any(re.search(rf"= \(?{ring}", line) for line in lines)  # it is there
     copies = [line for line in lines if re.search(rf"= \(?({'|'.join(rings)})\S* copy", line)]
     assert not copies, copies[:3]

@@ -10,7 +10,8 @@ import dsv3_jax
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import eplb
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.serving import Engine, SamplingParams, runner
+from dsv3_jax.serving import Engine, SamplingParams, balance, runner
+from dsv3_jax.serving import engine as engine_module
 from dsv3_jax.serving.balance import check
 from dsv3_jax.serving.ranks import Ranks
 
@@ -121,3 +122,11 @@ def test_meshes_that_cannot_serve_are_refused(plain):
         check(config, spread, 6)
     with pytest.raises(UserError, match="give a mesh with expert=2 or more"):
         check(config, Ranks.of(mesh_of("data=2")), 2)
+
+
+def test_copies_of_experts_are_made_before_the_cache_takes_what_is_free(oracle, monkeypatch):
+    order, model = [], oracle("tiny_s_plain")
+    monkeypatch.setattr(balance, "add_slots", lambda *args, add=balance.add_slots: order.append("copies") or add(*args))
+    monkeypatch.setattr(engine_module, "free_memory", lambda devices: order.append("free memory") or 2**20)
+    make(model, "expert=2", redundant_experts=2, num_pages=None)
+    assert order == ["copies"] * model.config.num_moe_layers + ["free memory"]
