@@ -1,8 +1,32 @@
-"""Settings that must stand before JAX is imported."""
+"""Settings that must stand before JAX is imported, and how the suite is spread over cores."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+import pytest
 
 # Eight CPU devices for tests of meshes; the GPU interpreter needs a thread for every simulated warpgroup.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("NPROC", "32")
+
+# What one test compiled no other compiles again, in whatever process of this run it is.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dsv3_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite on CPUs runs in a process for each core, up to four: tracing, half of its time, keeps no more than one busy.
+
+    The tests of a file stay together, as they share what is slow to make. `-n 0` runs all in one process.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and os.environ["JAX_PLATFORMS"] == "cpu"
+    started_by_another = "PYTEST_XDIST_WORKER" in os.environ  # each worker comes by here too
+    if whole and not started_by_another and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = min(4, len(os.sched_getaffinity(0))), "loadfile"

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each line may import the lines above it and its own package.
 LAYERS = [
-    ["pallas_kernels", "dsv3_jax.errors"],
+    ["pallas_kernels", "dsv3_jax.errors", "dsv3_jax.compilation_cache"],
     ["dsv3_jax.config"],
     ["dsv3_jax.precision"],
     ["dsv3_jax.model"],

@@ -1,7 +1,9 @@
 """Converts checkpoints, and measures how fast they load.
 
 python -m dsv3_jax.hub to-orbax HF_DIR RUN_DIR
+
 python -m dsv3_jax.hub to-hf RUN OUT_DIR --precision fp8
+
 python -m dsv3_jax.hub bench [HF_DIR]
 """
 
@@ -38,6 +40,7 @@ def to_orbax(source: Annotated[Path, tyro.conf.Positional], run: Annotated[Path,
     if (source / "tokenizer.json").exists():
         Tokenizer.load(source).save(run / "tokenizer")
     (run / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    print(f"{run}: one step, 0; generate with python serve.py {run}, train on with python train.py ... --init-from {run}")
 
 
 def to_hf(
@@ -64,6 +67,7 @@ def to_hf(
     tokenizer = saved.directory.parent / "tokenizer"
     config = from_dict(ModelConfig, saved.config["model"])
     write(config, saved.abstract(), saved.leaves, Tokenizer.load(tokenizer) if tokenizer.exists() else None, out, precision)
+    print(f"{out}: step {saved.step} in {precision}")
 
 
 def bench(directory: Annotated[Path | None, tyro.conf.Positional] = None, rounds: int = 4) -> None:

@@ -68,7 +68,8 @@ def write(config: ModelConfig, shapes: dict, read: Callable[[list], dict], token
 
 def _write_tensors(parts: list[Tensor], listed: dict, shapes: dict, read: Callable, directory: Path, precision: str) -> None:
     """All files at once, parameter by parameter: a stacked parameter has its parts in many files, and is read once."""
-    shards, file_of, writers = _shards(parts, listed), {}, {}
+    stored = lambda part: sum(_size(listed[name]) for name in (part.name, part.name + SCALE) if name in listed)  # noqa: E731
+    shards, file_of, writers = _filled(parts, stored, _SHARD_BYTES), {}, {}
     with contextlib.ExitStack() as stack:
         for number, shard in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -78,7 +79,8 @@ def _write_tensors(parts: list[Tensor], listed: dict, shapes: dict, read: Callab
         by_path: dict[tuple[str, ...], list[Tensor]] = {}
         for part in parts:
             by_path.setdefault(part.path, []).append(part)
-        for paths in _groups(by_path, shapes):
+        held = lambda path: _at(shapes, path).size * _at(shapes, path).dtype.itemsize  # noqa: E731
+        for paths in _filled(by_path, held, _READ_BYTES):  # small parameters are read together
             leaves = read([at for path in paths for at in (path, _scale_path(path)) if _at(shapes, at) is not None])
             for path in paths:
                 for part in by_path[path]:
@@ -90,17 +92,16 @@ def _write_tensors(parts: list[Tensor], listed: dict, shapes: dict, read: Callab
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
 
 
-def _groups(paths: Iterable[tuple[str, ...]], shapes: dict) -> list[list[tuple[str, ...]]]:
-    """Parameters in order, those that are read together."""
-    groups, room = [], 0
-    for path in paths:
-        size = _at(shapes, path).size * _at(shapes, path).dtype.itemsize
-        if size > room:
-            groups.append([])
-            room = max(_READ_BYTES, size)
-        groups[-1].append(path)
-        room -= size
-    return groups
+def _filled(items: Iterable, size: Callable[[Any], int], most: int) -> list[list]:
+    """Items in order, divided into lists of at most `most` bytes; what is larger by itself has a list of its own."""
+    lists, room = [], 0
+    for item in items:
+        if size(item) > room:
+            lists.append([])
+            room = max(most, size(item))
+        lists[-1].append(item)
+        room -= size(item)
+    return lists
 
 
 def _scale_path(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -112,19 +113,6 @@ def _at(tree: dict, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _shards(parts: list[Tensor], listed: dict) -> list[list[Tensor]]:
-    """Tensors in order, cut where a file would grow over `_SHARD_BYTES`."""
-    sizes = [_size(listed[part.name]) + _size(listed.get(part.name + SCALE, ((0,), np.dtype(np.uint8)))) for part in parts]
-    shards, room = [], 0
-    for part, size in zip(parts, sizes):
-        if size > room:
-            shards.append([])
-            room = max(_SHARD_BYTES, size)
-        shards[-1].append(part)
-        room -= size
-    return shards
 
 
 def _size(entry: tuple[tuple[int, ...], np.dtype]) -> int:

@@ -67,7 +67,7 @@ def _read_line(number: int, raw: bytes, plain_text: bool) -> Line:
 def run_batch(api: Api, source: Path, target: Path, *, seed: int = 0, progress: Callable[[int, int, Api], None] | None = None) -> int:
     """Answers every line of `source` that `target` does not answer yet; returns how many failed (of those done now).
 
-    seed: of lines that name none, together with their number. progress: called with (lines done, lines in all) after each step.
+    seed: of lines that name none, together with their number. progress: called with (lines done, lines in all) first and after each step.
     Raises UserError where the input cannot be read, or the output belongs to another input.
     """
     if not source.is_file():
@@ -83,6 +83,8 @@ def run_batch(api: Api, source: Path, target: Path, *, seed: int = 0, progress: 
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror}): give another output") from error
     with file:
+        if progress:
+            progress(done, total, api)
         while True:
             run.fill(lines)
             if not run.waiting:

@@ -6,12 +6,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import jax
 import rich.console
 import rich.progress
 
+from dsv3_jax import compilation_cache
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving.batch import run_batch
 from dsv3_jax.serving.engine import Engine
@@ -27,7 +26,7 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     if options.bench:
         from dsv3_jax.serving import bench
 
-        use_compile_cache()
+        compilation_cache.use()
         engine = make_engine()
         compile_all(engine)
         return bench.run(engine, options)
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
         from dsv3_jax.serving import http  # its packages are an extra
 
         socket = http.listen(options.host, options.port)
-    use_compile_cache()
+    compilation_cache.use()
     engine = make_engine()
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
     defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
@@ -57,13 +56,6 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     if options.prompt is not None:
         return prompt(api, options)
     return chat(api, options)
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "dsv3_jax" / "compiled"))
 
 
 def log_to_stderr() -> None:

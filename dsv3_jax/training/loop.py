@@ -8,7 +8,6 @@ a run that was stopped goes on bit for bit as if it had not been.
 import contextlib
 import fcntl
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsv3_jax import checkpoint, hub
+from dsv3_jax import checkpoint, compilation_cache, hub
 from dsv3_jax.config import TrainConfig, from_dict, to_dict
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Loader, heldout_batches
@@ -80,7 +79,7 @@ class Run:
         self.watch = watch.Watch(directory / "where", process, count, config.max_wait, watch.place(self.mesh, process))
         self.decoder = Decoder(config.model, numerics, remat=config.remat)
         self.trainer = Trainer(self.decoder, config, self.mesh)
-        _use_compilation_cache()
+        compilation_cache.use()
         self.state = self._initial_state() if self.resumed_from is None else self._restored_state()
 
     # State.
@@ -334,13 +333,6 @@ def _load_params(path: str, decoder: Decoder, mesh: jax.sharding.Mesh, shardings
     if problems := checkpoint.differences(decoder.abstract_params(), found):
         raise UserError(f"--init-from {path} does not fit the model: {problems}. Give the config of the same model")
     return load()
-
-
-def _use_compilation_cache() -> None:
-    """Compiled steps are kept in the user's cache, so that a run that goes on starts fast; JAX's own variable moves it."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "dsv3_jax" / "compiled"))
 
 
 class _Clock:

@@ -129,7 +129,12 @@ def _losses(logits_BSW, target):
 
 
 def _logsumexp(x):
-    """Over the last axis, reading it once: maximum and sum of exponentials are carried together."""
+    """Over the last axis. A GPU reads it once, which a CPU does not vectorise: there it takes 3 times as long as twice over it."""
+    return jax.lax.platform_dependent(x, cpu=lambda x: jax.nn.logsumexp(x, axis=-1), default=_logsumexp_in_one_pass)
+
+
+def _logsumexp_in_one_pass(x):
+    """Maximum and sum of exponentials are carried together."""
 
     def merge(left, right):
         (top, total), (other_top, other_total) = left, right

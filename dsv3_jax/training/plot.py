@@ -35,14 +35,16 @@ def draw(run: Path, output: Path) -> None:
 
     prepared = _prepared(run)
     tokens = (prepared.heldout.tokens - prepared.heldout.documents) / prepared.heldout.bytes  # a byte; the first of a document is given
-    bits.plot(*zip(*[(step, nats * tokens / math.log(2)) for step, nats in heldout]), "ko-", markersize=4, linewidth=1)
+    coded = [nats * tokens / math.log(2) for _, nats in heldout]
+    bits.plot([step for step, _ in heldout], coded, "ko-", markersize=4, linewidth=1)
     gzip = prepared.heldout_gzip9_bits_per_byte
     bits.axhline(gzip, color="tab:red", linewidth=1)
     bits.annotate(f"gzip -9: {gzip:.2f}", (1, gzip), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="tab:red")
     for m in metrics:
         if "heldout_bits_per_byte" in m:  # at the end, of all held-out text
-            bits.annotate(f"{m['heldout_bits_per_byte']:.2f}", (m["step"], m["heldout_bits_per_byte"]), ha="right", va="bottom")
-    bits.set(xlabel="step", ylabel="bits per byte of held-out text", xlim=(0, None), ylim=(0, None))
+            end = m["step"], m["heldout_bits_per_byte"]
+            bits.annotate(f"{end[1]:.2f}", end, xytext=(0, -6), textcoords="offset points", ha="right", va="top")
+    bits.set(xlabel="step", ylabel="bits per byte of held-out text", xlim=(0, None), ylim=(0, 1.15 * max(gzip, *coded)))
     for axes in (loss, bits):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=110)

@@ -1,6 +1,5 @@
 """Small models with random weights and the tokens that other software generates from them (tests/data/models)."""
 
-import os
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.hub import load
 from dsv3_jax.model import Decoder
 
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # the commands would use the user's own
 MODELS = Path(__file__).parents[1] / "data" / "models"
 
 

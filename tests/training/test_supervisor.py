@@ -144,8 +144,7 @@ class Supervised:
 
     def __init__(self, recipe, folder, *options):
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XDG_CACHE_HOME": str(Path(recipe).parent)}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         argv = [sys.executable, "train.py", recipe, "--workdir", str(folder), "--supervise", "4", *options]
         self.folder, self.output = folder, folder.with_suffix(".txt")
         with open(self.output, "w") as output:
