@@ -1,4 +1,4 @@
-"""Settings that must stand before JAX is imported, and how the suite is spread over cores."""
+"""Settings that must stand before JAX is imported, how the suite is spread over cores, and how hard XLA tries."""
 
 import atexit
 import os
@@ -13,16 +13,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("NPROC", "32")
 
-# What one test compiled no other compiles again, in whatever process of this run it is.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dsv3_jax_tests_")
+# What one test compiled no other compiles again, in whatever process of this run it is. Nothing is kept for the next run.
+CACHE = "dsv3_jax_tests_"
+if CACHE not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=CACHE)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite on CPUs runs in a process for each core, up to four: tracing, half of its time, keeps no more than one busy.
+    """The whole suite on CPUs runs in a process for each core, up to four: one by itself keeps little more than one core busy.
 
     The tests of a file stay together, as they share what is slow to make. `-n 0` runs all in one process.
     """
@@ -30,3 +31,14 @@ def pytest_cmdline_main(config):
     started_by_another = "PYTEST_XDIST_WORKER" in os.environ  # each worker comes by here too
     if whole and not started_by_another and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = min(4, len(os.sched_getaffinity(0))), "loadfile"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast(request):
+    """Tests of these folders compile for longer than they compute: on a CPU half the time without XLA's optimisations."""
+    import jax  # now that the settings stand
+
+    fast = request.path.parent.name in ("hub", "model", "serving", "training") and os.environ["JAX_PLATFORMS"] == "cpu"
+    jax.config.update("jax_disable_most_optimizations", fast)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -2,18 +2,9 @@
 
 import dataclasses
 
-import jax
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compile_fast():
-    """These tests compile for longer than they compute: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
