@@ -111,7 +111,7 @@ def test_fingerprint_follows_the_files(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', ("line 2", "not JSON")),
         ("a.jsonl", b'{"body": "x"}\n', ("line 1", "'text'")),
         ("a.jsonl", b'["x"]\n', ("line 1", "'text'")),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-20], ("a.jsonl.gz", "cannot read")),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], ("a.jsonl.gz", "cannot read")),
         ("a.jsonl.gz", b"not gzip", ("a.jsonl.gz", "cannot read")),
         ("a.parquet", b"not parquet", ("a.parquet", "cannot read")),
     ],
