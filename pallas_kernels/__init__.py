@@ -1,4 +1,5 @@
-"""Kernels for NVIDIA Hopper in JAX's Pallas: block-scaled FP8 products, quantisation, and MLA decode. Each op has a plain-JAX reference.
+"""Kernels for NVIDIA Hopper in JAX's Pallas: block-scaled FP8 products, grouped bfloat16 products, quantisation, and MLA decode. Each op
+has a plain-JAX reference.
 
     a, b = quantize_tiles(x), quantize_blocks(w)      # x [M, K], w [N, K]
     y = fp8_matmul(a, b)                              # x @ w.T, bfloat16 [M, N]
@@ -7,6 +8,7 @@
 """
 
 from pallas_kernels.gather_rows import gather_rows
+from pallas_kernels.grouped_bf16 import grouped_bf16_matmul, grouped_bf16_wgrad
 from pallas_kernels.grouped_matmul import grouped_fp8_matmul, masked_fp8_matmul
 from pallas_kernels.matmul import fp8_matmul
 from pallas_kernels.mla_decode import mla_append, mla_decode
@@ -28,6 +30,8 @@ __all__ = [
     "fp8_matmul",
     "fp8_wgrad",
     "gather_rows",
+    "grouped_bf16_matmul",
+    "grouped_bf16_wgrad",
     "grouped_fp8_matmul",
     "grouped_fp8_wgrad",
     "masked_fp8_matmul",

@@ -37,6 +37,12 @@ def floating(name, x, ndim=None):
     expect(all(x.shape), name, x, "no empty axis")
 
 
+def bfloat16(name, x, ndim):
+    ok = hasattr(x, "dtype") and x.dtype == jnp.bfloat16 and x.ndim == ndim
+    expect(ok, name, x, f"a bfloat16 array with {ndim} axes")
+    expect(all(x.shape), name, x, "no empty axis")
+
+
 def group_sizes(name, sizes, groups, total=None):
     """int32 [groups]; their sum is checked where the values are known, that is outside of jit."""
     ok = hasattr(sizes, "dtype") and jnp.issubdtype(sizes.dtype, jnp.integer) and sizes.shape == (groups,)

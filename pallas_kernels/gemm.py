@@ -1,10 +1,9 @@
-"""The one block-scaled FP8 GEMM kernel for Hopper; the dense, grouped, masked and weight-gradient products are four uses of it.
+"""The one GEMM kernel for Hopper; dense, grouped, masked and weight-gradient products are uses of it, in FP8 and in bfloat16.
 
-    out[group, rows, cols] = sum over k of (a[rows, k] @ b[group, cols, k].T) * a_scale[k, rows] * b_scale[k, cols]
+    out[group, rows, cols] = sum over k of a[rows, k] @ b[group, cols, k].T
 
-A persistent CTA has one warpgroup that loads tiles by TMA into a ring of `stages` buffers and one or two that multiply. Each step of 128 of
-K is one WGMMA into a fresh accumulator, which is then scaled and added to float32 registers: the promotion of the DeepSeek-V3 report
-(section 3.3.2, figure 7b). While one math warpgroup promotes, the other's WGMMA keeps the tensor cores busy.
+A persistent CTA has one warpgroup that loads tiles by TMA into a ring of `stages` buffers and one to three that multiply. What a stage
+holds and how it is summed up is the operands' business: `scaled.Scaled` (FP8 with fine-grained scales) or `plain.Plain` (bfloat16).
 
 What to compute is a list of `Unit`s: row tiles, each with its group and its part of K. A dense product counts them out; the others read
 them from a small int32 table on the device, so that group sizes never reach the host.
@@ -23,14 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantized import BLOCK, E4M3
+from pallas_kernels.quantized import BLOCK
 
 ROWS = 8  # TMA fills SMEM in the 8-row tiles that WGMMA reads, so a row tile begins at a multiple of 8
 WAVE = 64  # rows of one WGMMA
 SMEM_BYTES = 232448  # of one SM
 REDUCTION_SCRATCH = 512
 TMA_ALIGNMENT = 128  # bytes, of a copy's beginning in SMEM; in global memory it is 16
-LINE = TMA_ALIGNMENT // 4  # float32 values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Config:
     warpgroups share the tile; None for one warpgroup. cluster: how many CTAs work on neighbouring tiles; multicast: the operand, "a" or
     "b", that they share and load once. minor, width: the order of tiles (`plgpu.planar_snake`), for reuse in L2. split_k: parts of K
     that are computed apart and summed afterwards, to fill the device when there are few tiles.
-    ordered: the math warpgroups, which are two, take turns at issuing their WGMMAs.
+    ordered: the math warpgroups, which are two, take turns at issuing their WGMMAs. slots: up to how many pieces of its output a
+    warpgroup keeps in SMEM; with four most tiles fit in whole, so that nothing waits, and with fewer there is room for another stage.
     """
 
     tile_m: int
@@ -54,6 +53,7 @@ class Config:
     width: int = 1
     split_k: int = 1
     ordered: bool = False
+    slots: int = 4
 
     def __post_init__(self):
         if self.cluster > 1 and self.multicast == "b" and self.split_k > 1:
@@ -99,17 +99,17 @@ class Config:
         line = 128 // jnp.dtype(dtype).itemsize
         return line if self.piece % line == 0 else self.piece
 
-    def slots(self, dtype) -> int:
-        """How many such pieces [64, staged] a warpgroup keeps in SMEM: all of its tile if it has up to four, so that nothing waits."""
+    def pieces(self, dtype) -> int:
+        """How many such pieces [64, staged] a warpgroup keeps in SMEM: whole rows of them, or a part that divides a row."""
         in_wave = self.wave_cols // self.staged(dtype)
         pieces = self.wave_rows // WAVE * in_wave
-        return max(s for s in range(1, 5) if in_wave % s == 0 or (s % in_wave == 0 and s <= pieces))
+        return max(s for s in range(1, self.slots + 1) if in_wave % s == 0 or (s % in_wave == 0 and s <= pieces))
 
 
 class Unit(NamedTuple):
     """A row tile, in int32 scalars: it begins at row 8 * row8; `steps` blocks of K from `block` on.
 
-    valid: of a ragged problem, which of its rows are stored, from first to last: first << 16 | last.
+    valid: of a ragged or partial problem, which of its rows are wanted, from first to last: first << 16 | last.
     """
 
     row8: Any
@@ -145,7 +145,8 @@ class Problem:
 
     units, unit: how many row tiles there are, and the function from an index to a `Unit`; None where a table on the device has them.
     cols: of the output. grouped: which of "a", "b" and "out" have a leading axis that is indexed by the unit's group. ragged: units end
-    anywhere, and other rows must be left alone. accumulate: add to the output instead of overwriting it.
+    anywhere, and other rows must be left alone. partial: they end anywhere, and what becomes of their other rows does not matter.
+    accumulate: add to the output instead of overwriting it.
     """
 
     cols: int
@@ -154,34 +155,34 @@ class Problem:
     unit: Callable[[Any], Unit] | None = None
     grouped: tuple[str, ...] = ()
     ragged: bool = False
+    partial: bool = False
     accumulate: bool = False
 
     def at(self, name, unit):
         return (unit.group,) if name in self.grouped else ()
 
 
-def smem_bytes(config: Config, b_kind: str, out_dtype, *, ragged: bool) -> int:
+def smem_bytes(config: Config, operands, out_dtype, *, ragged: bool) -> int:
     """Shared memory that a configuration takes, in bytes. At most SMEM_BYTES can be had."""
-    arrays = [x for x in _scratch(config, b_kind, out_dtype, ragged).values() if hasattr(x, "dtype") and hasattr(x, "shape")]
+    arrays = [x for x in _scratch(config, operands, out_dtype, ragged).values() if hasattr(x, "dtype") and hasattr(x, "shape")]
     aligned = sum(-(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024 for x in arrays)
     return aligned + 1024 + REDUCTION_SCRATCH  # the barriers take less than 1 KiB
 
 
-def block_scaled_gemm(config: Config, problem: Problem, a, b, *, table=None, out=None, num_sms: int, interpret=None):
-    """Runs the kernel on Quantized `a` (tiles) and `b` (tiles or blocks); returns the output array, or nothing where it accumulates.
+def gemm(config: Config, problem: Problem, operands, arrays, *, table=None, out=None, num_sms: int, interpret=None):
+    """Runs the kernel; returns the output array, or nothing where it accumulates.
 
+    operands, arrays: a `Scaled` or `Plain` and the arrays that its `copies` take.
     table: the units, if `problem` has no function for them.
     out: with `problem.accumulate`, the `jax.Ref` to add to.
     """
     if problem.ragged and config.staged(problem.out_type.dtype) * problem.out_type.dtype.itemsize % TMA_ALIGNMENT:
         raise ValueError(f"config: tiles of a ragged problem need rows of {TMA_ALIGNMENT} bytes to be stored one by one, got {config}")
-    operands = [a.values, a.stored_scales, b.values, b.stored_scales]
-    operands += [] if table is None else [table.rows]
-    operands += [out] if problem.accumulate else []
+    arguments = [*arrays, *([] if table is None else [table.rows]), *([out] if problem.accumulate else [])]
     kernel = plgpu.kernel(
-        functools.partial(_body, config, problem, b.kind, table and table.known),
+        functools.partial(_body, config, problem, operands, len(arrays), table and table.known),
         out_type=() if problem.accumulate else problem.out_type,
-        scratch_types=[_scratch(config, b.kind, problem.out_type.dtype, problem.ragged)],
+        scratch_types=[_scratch(config, operands, problem.out_type.dtype, problem.ragged)],
         grid=(_clusters(num_sms, config.cluster),),
         grid_names=("sm",),
         cluster=(config.cluster,),
@@ -195,7 +196,7 @@ def block_scaled_gemm(config: Config, problem: Problem, a, b, *, table=None, out
             unsafe_no_auto_barriers=True,
         ),
     )
-    return kernel(*operands)
+    return kernel(*arguments)
 
 
 def _clusters(num_sms, cluster):
@@ -203,16 +204,11 @@ def _clusters(num_sms, cluster):
     return max((num_sms if cluster <= 2 else num_sms - cluster) // cluster, 1)
 
 
-def _scratch(config, b_kind, out_dtype, ragged):
+def _scratch(config, operands, out_dtype, ragged):
     """The ring of operand tiles with its barriers, and staging for the output."""
-    stages, warpgroups, staged, slots = config.stages, config.warpgroups, config.staged(out_dtype), config.slots(out_dtype)
-    scratch = {
-        "a": plgpu.SMEM((stages, config.tile_m, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
-        "b": plgpu.SMEM((stages, config.tile_n, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
-        "sa": plgpu.SMEM((stages, config.tile_m), jnp.float32),
-        "sb": plgpu.SMEM((stages, config.tile_n) if b_kind == "tiles" else (stages, config.blocks_n, LINE), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-    }
+    stages, warpgroups, staged, slots = config.stages, config.warpgroups, config.staged(out_dtype), config.pieces(out_dtype)
+    ring = operands.ring(config)
+    scratch = ring | {"full": plgpu.Barrier(num_arrivals=len(ring), num_barriers=stages)}
     staging = plgpu.SMEM((warpgroups, slots, WAVE, staged), out_dtype, transforms=swizzled(staged, out_dtype))
     # single rows can only be copied out of a plain layout
     scratch["out"] = plgpu.RefUnion(staging, plgpu.SMEM(staging.shape, out_dtype)) if ragged else staging
@@ -234,8 +230,8 @@ def swizzled(columns, dtype):
     return (plgpu.TilingTransform((ROWS, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
-def _body(config, problem, b_kind, known, a, sa, b, sb, *refs):
-    *table, out, smem = refs
+def _body(config, problem, operands, num_arrays, known, *refs):
+    arrays, (*table, out, smem) = refs[:num_arrays], refs[num_arrays:]
     warpgroup = lax.axis_index("wg")
     tiles = _Tiles(config, problem, Table(table[0], known) if table else None)
 
@@ -243,13 +239,13 @@ def _body(config, problem, b_kind, known, a, sa, b, sb, *refs):
     def _():
         if config.warpgroups > 1:
             plgpu.set_max_registers(config.registers[1], action="decrease")
-        _load(config, problem, b_kind, tiles, a, sa, b, sb, smem)
+        _load(config, problem, operands, tiles, arrays, smem)
 
     @pl.when(warpgroup < config.warpgroups)
     def _():
         if config.warpgroups > 1:
             plgpu.set_max_registers(config.registers[0], action="increase")
-        _multiply(config, problem, b_kind, tiles, out, smem, warpgroup)
+        _multiply(config, problem, operands, tiles, out, smem, warpgroup)
 
 
 class _Tiles:
@@ -291,28 +287,19 @@ class _Tiles:
         return lax.fori_loop(0, count, step, (locate(0), init(locate(0))))[1]
 
 
-def _load(config, problem, b_kind, tiles, a, sa, b, sb, smem):
+def _load(config, problem, operands, tiles, arrays, smem):
     """Fills the ring: the warpgroup that issues TMA copies."""
     stages, full, empty = config.stages, smem["full"], smem["empty"]
-    multicast = {"a": {}, "b": {}} | ({config.multicast: {"collective_axes": "cluster"}} if config.cluster > 1 else {})
+    shared = {config.multicast: {"collective_axes": "cluster"}} if config.cluster > 1 else {}
 
     def load_tile(tile, following, step):
         unit, n = tile
-        a_rows, b_rows = pl.ds(unit.row8 * ROWS, config.tile_m), pl.ds(n * config.tile_n, config.tile_n)
-        a_at, b_at = problem.at("a", unit), problem.at("b", unit)
 
         def load_block(i, step):
-            slot, block = lax.rem(step, stages), unit.block + i
-            k = pl.ds(block * BLOCK, BLOCK)
+            slot = lax.rem(step, stages)
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-            plgpu.copy_gmem_to_smem(a.at[*a_at, a_rows, k], smem["a"].at[slot], full.at[slot], **multicast["a"])
-            plgpu.copy_gmem_to_smem(b.at[*b_at, b_rows, k], smem["b"].at[slot], full.at[slot], **multicast["b"])
-            plgpu.copy_gmem_to_smem(sa.at[*a_at, block, a_rows], smem["sa"].at[slot], full.at[slot])
-            if b_kind == "tiles":
-                scales = sb.at[block, b_rows]
-            else:
-                scales = sb.at[*b_at, pl.ds(lax.div(n * config.tile_n, BLOCK), config.blocks_n), pl.ds(block - lax.rem(block, 4), LINE)]
-            plgpu.copy_gmem_to_smem(scales, smem["sb"].at[slot], full.at[slot])
+            for name, source in operands.copies(config, problem, unit, n, i, *arrays).items():
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full.at[slot], **shared.get(name, {}))
             return step + 1
 
         return lax.fori_loop(0, unit.steps, load_block, step)
@@ -323,68 +310,33 @@ def _load(config, problem, b_kind, tiles, a, sa, b, sb, smem):
         pl.when(step >= stages)(lambda step=step: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]))
 
 
-def _multiply(config, problem, b_kind, tiles, out, smem, warpgroup):
-    """Empties the ring: a warpgroup that multiplies, promotes and stores."""
+def _multiply(config, problem, operands, tiles, out, smem, warpgroup):
+    """Empties the ring: a warpgroup that multiplies and stores."""
     row0 = warpgroup * config.wave_rows if config.split == "m" else 0
     col0 = warpgroup * config.wave_cols if config.split == "n" else 0
-    waves, cols, piece = config.wave_rows // WAVE, config.wave_cols, config.piece
-    full, empty = smem["full"], smem["empty"]
-    by_column = b_kind == "tiles" or (piece == cols and BLOCK % piece != 0)  # one scale for each column, else one for each piece
-
-    def read_scales(slot, n, block):
-        """Scalar scales of `b`: of each piece, or of the two blocks that a narrow tile can touch."""
-        if b_kind == "tiles":
-            return ()
-        col = n * config.tile_n
-        starts = (0, cols - 1) if by_column else range(0, cols, piece)
-        return tuple(smem["sb"][slot, lax.div(col + col0 + start, BLOCK) - lax.div(col, BLOCK), lax.rem(block, 4)] for start in starts)
-
-    def column_scales(scales, slot, col):
-        if b_kind == "tiles":
-            return plgpu.load(smem["sb"].at[slot, pl.ds(col0, cols)], layout=plgpu.Layout.WGMMA.reduce(0))
-        index = plgpu.broadcasted_iota(jnp.int32, (cols,), 0, layout=plgpu.Layout.WGMMA.reduce(0))
-        return jnp.where(index < BLOCK - lax.rem(col, BLOCK), *scales)
 
     def multiply_tile(tile, following, slot):
         unit, n = tile
-        col = n * config.tile_n + col0
 
-        def multiply_block(i, carry):
-            slot, sums = carry
-            plgpu.barrier_wait(full.at[slot])
-            scales = read_scales(slot, n, unit.block + i)
-            factors = (None,) * (cols // piece) if by_column else scales
-            promoted = []
-            for wave in range(waves):
-                rows = pl.ds(row0 + wave * WAVE, WAVE)
-                row_scales = plgpu.load(smem["sa"].at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        def multiply(slot):
+            slot, sums = operands.accumulate(config, unit, n, slot, smem, warpgroup, row0, col0)
+            for wave, of_wave in enumerate(sums):
+                _store(config, problem, unit, row0, wave, n * config.tile_n + col0, of_wave, out, smem, warpgroup)
+            return slot
 
-                if config.ordered:
-                    plgpu.barrier_wait(smem["turn"].at[warpgroup])
+        if not (problem.ragged or problem.partial):
+            return multiply(slot)
+        needed = (unit.valid & 0xFFFF > row0) & (unit.valid >> 16 < row0 + config.wave_rows)
+        return lax.cond(needed, multiply, lambda slot: lax.fori_loop(0, unit.steps, pass_on, slot), slot)
 
-                def product(acc, rows=rows):
-                    plgpu.wgmma(acc, smem["a"].at[slot, rows], smem["b"].at[slot, pl.ds(col0, cols)].transpose((1, 0)))
-                    if config.ordered:
-                        plgpu.barrier_arrive(smem["turn"].at[1 - warpgroup])
-                    return acc[...]
-
-                partial = pl.run_scoped(product, plgpu.ACC((WAVE, cols), jnp.float32))
-                if by_column:
-                    partial *= lax.broadcast_in_dim(column_scales(scales, slot, col), (WAVE, cols), [1])
-                if wave == waves - 1:
-                    plgpu.barrier_arrive(empty.at[slot])
-                for p, factor in enumerate(factors):
-                    scale = row_scales if by_column else row_scales * factor
-                    scale = lax.broadcast_in_dim(scale, (WAVE, piece), [0])
-                    promoted.append(sums[len(promoted)] + partial[:, p * piece : (p + 1) * piece] * scale)
-            return jnp.where(slot == config.stages - 1, 0, slot + 1), tuple(promoted)
-
-        zero = plgpu.layout_cast(jnp.zeros((WAVE, piece), jnp.float32), plgpu.Layout.WGMMA)
-        slot, sums = lax.fori_loop(0, unit.steps, multiply_block, (slot, (zero,) * (waves * (cols // piece))))
-        for wave in range(waves):
-            of_wave = sums[wave * (cols // piece) : (wave + 1) * (cols // piece)]
-            _store(config, problem, unit, row0, wave, col, of_wave, out, smem, warpgroup)
-        return slot
+    def pass_on(i, slot):
+        """Leaves a step to the others: none of its rows are stored by this warpgroup."""
+        plgpu.barrier_wait(smem["full"].at[slot])
+        for _ in range(config.wave_rows // WAVE if config.ordered else 0):
+            plgpu.barrier_wait(smem["turn"].at[warpgroup])
+            plgpu.barrier_arrive(smem["turn"].at[1 - warpgroup])
+        plgpu.barrier_arrive(smem["empty"].at[slot])
+        return jnp.where(slot == config.stages - 1, 0, slot + 1)
 
     if config.ordered:
         pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem["turn"].at[0]))
@@ -399,7 +351,7 @@ def _store(config, problem, unit, row_in_tile, wave, col, values, out, smem, war
 
     The copies of a tile run while the next one is computed: only the first use of a slot in a tile waits.
     """
-    staged, slots = config.staged(out.dtype), config.slots(out.dtype)
+    staged, slots = config.staged(out.dtype), config.pieces(out.dtype)
     whole_staging, part_staging = smem["out"] if problem.ragged else (smem["out"], None)
     row = unit.row8 * ROWS + row_in_tile + wave * WAVE
     at = problem.at("out", unit)

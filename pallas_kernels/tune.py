@@ -1,5 +1,5 @@
 """python -m pallas_kernels.tune OP [OP ...]: measures tile choices at the shapes of an op, on this GPU, and writes data/<device>.json.
-OP is one of matmul, grouped_matmul, masked_matmul, wgrad, grouped_wgrad, or all."""
+OP is one of those of tuning.OPS, or all."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import aot, bench, tuning
+from pallas_kernels.grouped_bf16 import hopper as bf16
+from pallas_kernels.grouped_bf16 import shapes as bf16_shapes
 from pallas_kernels.grouped_matmul import hopper as grouped
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.matmul import hopper as dense
@@ -31,6 +33,10 @@ def cases(op):
         return [(Case(op, min(rows, 128), n, k, groups), rows) for groups, mean, rows, n, k in grouped_shapes.MASKED if mean > 64]
     if op == "wgrad":
         return [(Case(op, n, k, tokens), n) for n, k, tokens in wgrad_shapes.DENSE]
+    if op == "grouped_bf16":
+        return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k, _ in bf16_shapes.MATMUL]
+    if op == "grouped_bf16_wgrad":
+        return [(Case(op, n, k, rows, groups), groups * rows) for groups, rows, n, k in bf16_shapes.WGRAD]
     return [(Case(op, n, k, tokens, groups), n) for groups, tokens, n, k in wgrad_shapes.GROUPED]
 
 
@@ -44,6 +50,12 @@ def build(case, rows):
     if op == "masked_matmul":
         counts = 128 + 4 * jnp.arange(groups, dtype=jnp.int32)  # 190 on average
         return grouped.masked_fp8_matmul, (bench.tiles(0, groups, rows, k), bench.blocks(1, groups, n, k), counts)
+    if op == "grouped_bf16":
+        transposed = next(case[-1] for case in bf16_shapes.MATMUL if case[:4] == (groups, m, n, k))
+        x, w = bench.normal(0, rows, k), bench.normal(1, groups, *((n, k) if transposed else (k, n)))
+        return functools.partial(bf16.grouped_bf16_matmul, transposed=transposed), (x, w, jnp.full(groups, m, jnp.int32))
+    if op == "grouped_bf16_wgrad":
+        return bf16.grouped_bf16_wgrad, (bench.normal(0, rows, m), bench.normal(1, rows, n), jnp.full(groups, k, jnp.int32))
     operands = bench.tiles(0, m, groups * k), bench.tiles(1, n, groups * k)
     if op == "wgrad":
         return wgrad.fp8_wgrad, operands

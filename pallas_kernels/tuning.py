@@ -13,10 +13,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.gemm import SMEM_BYTES, Config, smem_bytes
+from pallas_kernels.plain import Plain
 from pallas_kernels.platform import device_kind
+from pallas_kernels.scaled import Scaled
 
 DATA = pathlib.Path(__file__).parent / "data"
-OPS = ("matmul", "grouped_matmul", "masked_matmul", "wgrad", "grouped_wgrad")
+OPS = ("matmul", "grouped_matmul", "masked_matmul", "wgrad", "grouped_wgrad", "grouped_bf16", "grouped_bf16_wgrad")
 
 
 class Case(NamedTuple):
@@ -66,7 +68,13 @@ def _measured(kind):
 def candidates(op: str, m: int) -> list[Config]:
     """Configurations that are worth measuring for products of m rows, as deep as shared memory allows."""
     wide = [(128, 192, "m"), (128, 256, "n"), (192, 128, "m")]
-    if op == "masked_matmul":
+    if "bf16" in op:
+        if m <= 128:
+            found = [Config(64, cols, 2, None, cluster) for cols, cluster in ((64, 1), (128, 1), (128, 2), (256, 1))]
+        else:
+            found = [Config(*tile, 2, "m", 2, "b", "m", 8, slots=slots) for *tile, slots in ((128, 256, 2), (128, 256, 4), (192, 128, 4))]
+            found += [Config(*tile, 2, "m", 2, "a", "m", 8, slots=slots) for *tile, slots in ((192, 128, 4), (256, 128, 2), (128, 256, 2))]
+    elif op == "masked_matmul":
         found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in [(64, 256, "n"), (128, 128, "m"), (256, 128, "m"), *wide]]
     elif op == "grouped_matmul" and m <= 128:  # ends of groups are stored by rows, and those must fill lines: at least 64 columns
         found = [Config(64, cols, 2, None, cluster) for cols in (64, 128) for cluster in (1, 2)]
@@ -78,34 +86,36 @@ def candidates(op: str, m: int) -> list[Config]:
         found += [Config(128, cols, 2, "m", 2) for cols in (128, 192)]
         found += [Config(64, 128, 2, None, 2, "b")] if op == "matmul" else []
     else:
-        found = [Config(*tile, 2, split, 2, "a", "m", 8) for *tile, split in wide]
-        found += [Config(256, 128, 2, "m", 2, "a", "m", 8, ordered="wgrad" not in op)]
-        if op in ("matmul", "wgrad"):  # row tiles can share b only in a plain grid
-            found += [Config(*tile, 2, split, 2, "b", "m", 8) for *tile, split in wide[:2]]
+        shared = [Config(*tile, 2, split, 2, share, "m", 8) for *tile, split in [*wide, (256, 128, "m")] for share in "ab"]
+        found = shared + [dataclasses.replace(c, ordered=True) for c in shared if c.warpgroups == 2]
     return [_deepest(config, op) for config in found]
+
+
+def shared_memory(config: Config, op: str, dtype) -> int:
+    """Bytes of shared memory that `config` takes for an op with output of that dtype."""
+    operands = Plain() if "bf16" in op else Scaled("tiles" if "wgrad" in op else "blocks")
+    return smem_bytes(config, operands, dtype, ragged=op in ("grouped_matmul", "grouped_bf16"))
 
 
 def _deepest(config: Config, op: str) -> Config:
     """`config` with as many stages as fit, which is at least two."""
-    b_kind, dtype, ragged = ("tiles" if "wgrad" in op else "blocks"), jnp.float32, op == "grouped_matmul"
-    fits = [
-        c
-        for stages in range(2, 17)
-        if smem_bytes(c := dataclasses.replace(config, stages=stages), b_kind, dtype, ragged=ragged) <= SMEM_BYTES
-    ]
-    return fits[-1]
+    dtype = jnp.bfloat16 if op == "grouped_bf16" else jnp.float32
+    deeper = (dataclasses.replace(config, stages=stages) for stages in range(2, 17))
+    return [c for c in deeper if shared_memory(c, op, dtype) <= SMEM_BYTES][-1]
 
 
 def _estimate(config: Config, op: str, m: int, n: int, k: int, groups: int, num_sms: int) -> float:
     """Seconds, from the peak rate and what L2 was seen to deliver."""
-    row_tiles = groups * (m / config.tile_m + 0.5) if op in ("grouped_matmul", "masked_matmul") else groups * -(-m // config.tile_m)
+    ragged = op in ("grouped_matmul", "masked_matmul", "grouped_bf16")
+    row_tiles = groups * (m / config.tile_m + 0.5) if ragged else groups * -(-m // config.tile_m)
     tiles = row_tiles * -(-n // config.tile_n) * config.split_k
     waves = -(-tiles // num_sms)
     depth = k / config.split_k
-    efficiency = (_WGRAD_EFFICIENCY if "wgrad" in op else _EFFICIENCY).get((config.tile_m, config.tile_n), 0.4)
-    multiply = 2 * config.tile_m * config.tile_n * depth / (PEAK_FLOPS / num_sms * efficiency)
+    table = _BF16_EFFICIENCY if "bf16" in op else _WGRAD_EFFICIENCY if "wgrad" in op else _EFFICIENCY
+    efficiency, itemsize = table.get((config.tile_m, config.tile_n), 0.4), 2 if "bf16" in op else 1
+    multiply = 2 * config.tile_m * config.tile_n * depth / (PEAK_FLOPS / itemsize / num_sms * efficiency)
     shared_a, shared_b = (config.cluster if config.multicast == operand else 1 for operand in ("a", "b"))
-    load = (min(m, config.tile_m) / shared_a + config.tile_n / shared_b) * depth / (L2_BYTES_PER_SECOND / num_sms)
+    load = (min(m, config.tile_m) / shared_a + config.tile_n / shared_b) * depth * itemsize / (L2_BYTES_PER_SECOND / num_sms)
     sum_parts = 3e-6 + 8 * m * n * config.split_k / MEMORY_BYTES_PER_SECOND if config.split_k > 1 else 0
     return waves * max(multiply, load) + sum_parts
 
@@ -113,4 +123,5 @@ def _estimate(config: Config, op: str, m: int, n: int, k: int, groups: int, num_
 PEAK_FLOPS, L2_BYTES_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1979e12, 7.5e12, 3e12
 # of the peak, by tile, measured on an H100; the second scale of a weight gradient costs least where three warpgroups multiply
 _EFFICIENCY = {(256, 128): 0.67, (128, 256): 0.68, (128, 192): 0.62, (192, 128): 0.6, (128, 128): 0.55, (64, 256): 0.5}
+_BF16_EFFICIENCY = {(128, 256): 0.75, (256, 128): 0.74, (192, 128): 0.74}
 _WGRAD_EFFICIENCY = {(256, 128): 0.49, (128, 256): 0.49, (128, 192): 0.45, (192, 128): 0.5}

@@ -26,14 +26,13 @@ class Module(nnx.Module):
         """x [..., K] times the weight `name` [..., N, K] (leading axes of the weight are merged into N)."""
         return linear(x, self._weight(name), recipe=self.recipe, **self._options(name))
 
-    def grouped_linear(self, name: str, x_RK: jax.Array | Activation, group_sizes_E: jax.Array, *, filled: bool = False) -> jax.Array:
+    def grouped_linear(self, name: str, x_RK: jax.Array | Activation, group_sizes_E: jax.Array) -> jax.Array:
         """Rows sorted by expert times the weight `name` [E, ..., N, K]."""
-        return grouped_linear(x_RK, self._weight(name), group_sizes_E, recipe=self.recipe, filled=filled, **self._options(name))
+        return grouped_linear(x_RK, self._weight(name), group_sizes_E, recipe=self.recipe, **self._options(name))
 
-    def swiglu_linear(self, name: str, gate_up: jax.Array, group_sizes_E=None, row_weights=None, *, filled=False) -> jax.Array:
+    def swiglu_linear(self, name: str, gate_up: jax.Array, group_sizes_E=None, row_weights=None) -> jax.Array:
         """silu(gate) · up (· a weight for each row) times the weight `name` [N, K], or [E, N, K] when group sizes are given."""
-        options = self._options(name) | {"recipe": self.recipe, "filled": filled}
-        return swiglu_linear(gate_up, self._weight(name), group_sizes_E, row_weights, **options)
+        return swiglu_linear(gate_up, self._weight(name), group_sizes_E, row_weights, recipe=self.recipe, **self._options(name))
 
     def _weight(self, name: str) -> Weight:
         w, scale, fp8 = getattr(self, name)[...], getattr(self, name + "_scale", None), getattr(self, name + "_fp8", None)

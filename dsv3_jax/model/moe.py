@@ -145,14 +145,13 @@ class Experts(Module):
         """Tokens as they are dispatched: in FP8 recipes quantised, so that half of the bytes travel (report §3.3.3)."""
         return quantise(x_TD, self.recipe, FP8_WEIGHTS["gate_up_proj"].input) if self.recipe.fp8 else x_TD
 
-    def __call__(self, x_RD: jax.Array | Activation, group_sizes_E: jax.Array, weights_R: jax.Array, *, filled=False) -> jax.Array:
+    def __call__(self, x_RD: jax.Array | Activation, group_sizes_E: jax.Array, weights_R: jax.Array) -> jax.Array:
         """[R, D] rows sorted by expert, as `enter` gives them, and their routing weights -> weighted outputs [R, D].
 
         The weights act before the down-projection, which is the same and lets the backward pass do without the outputs.
-        filled: every row is some expert's.
         """
-        gate_up = self.grouped_linear("gate_up_proj", x_RD, group_sizes_E, filled=filled)
-        return self.swiglu_linear("down_proj", gate_up, group_sizes_E, weights_R, filled=filled)
+        gate_up = self.grouped_linear("gate_up_proj", x_RD, group_sizes_E)
+        return self.swiglu_linear("down_proj", gate_up, group_sizes_E, weights_R)
 
 
 class Dispatched(NamedTuple):
@@ -246,7 +245,7 @@ Exchange = Callable[[jax.Array, Routing, Experts], tuple[jax.Array, jax.Array]]
 def exchange_locally(x_TD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
     """The exchange of one device that holds all experts."""
     dispatched = dispatch(experts.enter(x_TD), routing)
-    y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R, filled=True)
+    y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R)
     return combine(y_RD, dispatched, x_TD.shape[0]), routing.stats.fill
 
 

@@ -153,9 +153,9 @@ class _Watched:
     def __init__(self, experts, seen: list):
         self._experts, self._seen = experts, seen
 
-    def __call__(self, x_RD, group_sizes_E, weights_R, *, filled=False):
+    def __call__(self, x_RD, group_sizes_E, weights_R):
         self._seen.append((x_RD.shape[0], group_sizes_E))
-        return self._experts(x_RD, group_sizes_E, weights_R, filled=filled)
+        return self._experts(x_RD, group_sizes_E, weights_R)
 
     def __getattr__(self, name):
         return getattr(self._experts, name)

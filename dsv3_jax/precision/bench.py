@@ -57,7 +57,7 @@ def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
         slots = jnp.arange(routing.experts_TK.size, dtype=jnp.int32).reshape(routing.experts_TK.shape)
         local = routing._replace(experts_TK=slots % LOCAL_EXPERTS, stats=routing.stats._replace(load_E=jnp.zeros(LOCAL_EXPERTS)))
         dispatched = dispatch(experts.enter(x_TD), local)
-        y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R, filled=True)
+        y_RD = experts(dispatched.x_RD, dispatched.group_sizes_E, dispatched.weights_R)
         return combine(y_RD, dispatched, x_TD.shape[0]), routing.stats.fill
 
     numerics = dataclasses.replace(named_recipe(precision), num_sms=num_sms)

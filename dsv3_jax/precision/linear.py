@@ -51,14 +51,12 @@ def grouped_linear(
     *,
     scales: Scales = _FLOAT_SCALES,
     overflow: jax.Array | None = None,
-    filled: bool = False,
 ) -> jax.Array:
     """Rows sorted by expert, each times its own expert's weight: [R, K] x [E, ..., N, K] -> [R, N] in the compute dtype.
 
     x may be quantised already (`quantise`). group_sizes_E: int32, rows of each expert in order; rows past their sum give zeros.
-    filled: there are none, which saves time.
     """
-    return _linear(x_RK, w_ENK, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype, filled)
+    return _linear(x_RK, w_ENK, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype)
 
 
 def swiglu_linear(
@@ -71,7 +69,6 @@ def swiglu_linear(
     *,
     scales: Scales = _FLOAT_SCALES,
     overflow: jax.Array | None = None,
-    filled: bool = False,
 ) -> jax.Array:
     """silu(gate) · up, times a weight for each row, times wᵀ: the second half of a SwiGLU network, dense or grouped.
 
@@ -83,7 +80,7 @@ def swiglu_linear(
         y_TN = fp8.swiglu_product(spec, gate_up_T, row_weights, fp8_weight, group_sizes_E, tap, overflow)
     else:
         hidden = checkpoint_name(silu_gate(checkpoint_name(gate_up_T, "gate_up"), row_weights), "hidden")
-        y_TN = _linear(hidden, w, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype, filled)
+        y_TN = _linear(hidden, w, group_sizes_E, tap, recipe, scales, overflow, recipe.compute_dtype)
     return y_TN.reshape(*gate_up.shape[:-1], -1)
 
 
@@ -94,7 +91,7 @@ def silu_gate(gate_up: jax.Array, row_weights: jax.Array | None = None) -> jax.A
     return (hidden if row_weights is None else hidden * row_weights[..., None]).astype(gate_up.dtype)
 
 
-def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype, filled=False):
+def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype):
     if recipe.fp8:
         spec, fp8_weight = _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype)
         if not isinstance(x_TK, fp8.Activation):
@@ -102,7 +99,7 @@ def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype, fi
         return fp8.product(spec, x_TK, fp8_weight, group_sizes_E, tap, overflow)
     if not (recipe.in_parts and x_TK.dtype == jnp.bfloat16):  # that is a part already
         x_TK = x_TK.astype(recipe.compute_dtype)
-    return _product(x_TK, dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype, filled)
+    return _product(x_TK, dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype)
 
 
 def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
@@ -118,7 +115,7 @@ def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
     return fp8.Product(recipe, scales, parts, width, master, out_dtype), w
 
 
-def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, filled, *, transposed=True):
+def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, *, transposed=True):
     """x wᵀ, or x w if not transposed; all leading axes of w (but the experts') belong to its rows."""
     w = w.astype(recipe.compute_dtype)
     if group_sizes_E is None:
@@ -127,22 +124,22 @@ def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, filled, *, transposed=T
             return einsum(axes, x_TK, w, recipe, out_dtype)
     w = w.reshape(w.shape[0], -1, w.shape[-1])
     with jax.named_scope("grouped_product"):
-        return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed, filled=filled).astype(out_dtype)
+        return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _product(x_TK, w, group_sizes_E, tap, recipe, out_dtype, filled):
-    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, filled)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _product(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
+    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype)
 
 
-def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype, filled):
-    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, filled), (x_TK, w, group_sizes_E, given(tap))
+def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
+    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype), (x_TK, w, group_sizes_E, given(tap))
 
 
-def _product_bwd(recipe, out_dtype, filled, saved, dy_TN):
+def _product_bwd(recipe, out_dtype, saved, dy_TN):
     x_TK, w, group_sizes_E, tapped = saved
     dy_TN = dy_TN.astype(recipe.compute_dtype)
-    dx_TK = _multiply(dy_TN, w, group_sizes_E, recipe, x_TK.dtype, filled, transposed=False)
+    dx_TK = _multiply(dy_TN, w, group_sizes_E, recipe, x_TK.dtype, transposed=False)
     stash = Tap(x_TK if tapped is None else x_TK.astype(recipe.compute_dtype), dy_TN)
     if tapped is not None:
         return dx_TK, jnp.zeros_like(w), None, stash

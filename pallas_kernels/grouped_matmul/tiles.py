@@ -8,7 +8,7 @@ from jax import lax
 
 
 class Tiles(NamedTuple):
-    """int32 [num_tiles] each, in order of rows; unused tiles, which are empty, come last.
+    """int32 [num_tiles] each, in order of rows; the first `count` are used.
 
     A tile covers the rows from `start` on, of which [first, last) belong to its group. Group G, one past the last, has the rows that belong
     to no group.
@@ -18,29 +18,35 @@ class Tiles(NamedTuple):
     first: jax.Array
     last: jax.Array
     group: jax.Array
+    count: jax.Array
 
 
-def num_tiles(rows: int, groups: int, tile: int, align: int = 1) -> int:
+def num_tiles(rows: int, groups: int, tile: int, align: int = 1, share: int = 1) -> int:
     """The most tiles that `rows` rows in `groups` groups and a rest can need."""
-    return (rows + (groups + 1) * (tile + align - 2)) // tile
+    return (rows + (groups + 1) * (tile * share + align - 2)) // (tile * share) * share
 
 
-def group_tiles(group_sizes, tile: int, rows: int, align: int = 1) -> Tiles:
-    """Tiles of `tile` rows, each beginning at a multiple of `align`. Sizes that add up to more than `rows` are cut."""
+def group_tiles(group_sizes, tile: int, rows: int, align: int = 1, share: int = 1) -> Tiles:
+    """Tiles of `tile` rows, each beginning at a multiple of `align`. Sizes that add up to more than `rows` are cut.
+
+    share: the tiles of a group come in so many; the last of them may be empty.
+    """
     groups = group_sizes.shape[0]
     last = jnp.minimum(running_sum(group_sizes.astype(jnp.int32)), rows)
     last = jnp.concatenate([last, jnp.full_like(last[:1], rows)])
     first = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
     start = first - lax.rem(first, align)
-    tiles = jnp.where(last > first, lax.div(last - start + tile - 1, tile), 0)
+    tiles = jnp.where(last > first, lax.div(last - start + tile * share - 1, tile * share) * share, 0)
     tiles_before = running_sum(tiles) - tiles
 
-    index = jnp.arange(num_tiles(rows, groups, tile, align), dtype=jnp.int32)
+    index = jnp.arange(num_tiles(rows, groups, tile, align, share), dtype=jnp.int32)
     group = jnp.sum(index[:, None] >= (tiles_before + tiles)[None, :], axis=1, dtype=jnp.int32)
     used = group <= groups
     group = jnp.minimum(group, groups)
     begin = jnp.where(used, start[group] + (index - tiles_before[group]) * tile, 0)
-    return Tiles(begin, jnp.maximum(begin, first[group]) * used, jnp.minimum(begin + tile, last[group]) * used, group)
+    first = jnp.maximum(begin, first[group]) * used
+    last = jnp.maximum(jnp.minimum(begin + tile, last[group]) * used, first)
+    return Tiles(begin, first, last, group, jnp.sum(tiles))
 
 
 def running_sum(x):

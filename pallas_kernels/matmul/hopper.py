@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.gemm import ROWS, Problem, Unit, block_scaled_gemm
+from pallas_kernels.gemm import ROWS, Problem, Unit, gemm
 from pallas_kernels.platform import device_sms
 from pallas_kernels.quantized import num_blocks, pad_operand
+from pallas_kernels.scaled import Scaled
 
 
 def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, num_sms=None, config=None, interpret=None):
@@ -30,7 +31,7 @@ def fp8_matmul(a, b, *, out_dtype=jnp.bfloat16, num_sms=None, config=None, inter
         unit=unit,
         grouped=() if split == 1 else ("out",),
     )
-    out = block_scaled_gemm(config, problem, a, b, num_sms=num_sms, interpret=interpret)
+    out = gemm(config, problem, Scaled(b.kind), Scaled.arrays(a, b), num_sms=num_sms, interpret=interpret)
     if split > 1:
         out = jnp.sum(out, axis=0).astype(out_dtype)
     return out[:m, :n]

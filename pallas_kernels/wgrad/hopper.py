@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.gemm import ROWS, Problem, Table, Unit, block_scaled_gemm
+from pallas_kernels.gemm import ROWS, Problem, Table, Unit, gemm
 from pallas_kernels.platform import device_sms
 from pallas_kernels.quantize.reference import padded_starts
 from pallas_kernels.quantized import BLOCK, num_blocks, pad_operand, pad_to
+from pallas_kernels.scaled import Scaled
 
 
 def fp8_wgrad(a, b, accumulate=None, *, num_sms=None, config=None, interpret=None):
@@ -33,7 +34,8 @@ def grouped_fp8_wgrad(a, b, group_sizes, accumulate=None, *, num_sms=None, confi
     n, groups = a.shape[0], group_sizes.shape[0]
     num_sms = num_sms or device_sms()
     config = config or tuning.choose("grouped_wgrad", n, b.shape[0], a.shape[1] // groups, num_sms, groups)
-    m_tiles = -(-n // config.tile_m)
+    share = config.cluster if config.multicast == "b" else 1  # neighbours that share `b` must be of one group
+    m_tiles = -(-n // (config.tile_m * share)) * share
     group, tile = jnp.divmod(jnp.arange(groups * m_tiles, dtype=jnp.int32), m_tiles)
     starts = padded_starts(group_sizes) // BLOCK
     units = Unit(tile * (config.tile_m // ROWS), 0, group, starts[group], (starts[1:] - starts[:-1])[group])
@@ -48,8 +50,8 @@ def _run(config, a, b, accumulate, lead, num_sms, interpret, *, table=None, **pr
     in_place = accumulate is not None and interpret is None  # the interpreter has no adding copies
     problem = Problem(cols=k, out_type=jax.ShapeDtypeStruct(shape, jnp.float32), accumulate=in_place, **problem)
     if not in_place:
-        out = block_scaled_gemm(config, problem, a, b, table=table, num_sms=num_sms, interpret=interpret)[..., :n, :k]
+        out = gemm(config, problem, Scaled(b.kind), Scaled.arrays(a, b), table=table, num_sms=num_sms, interpret=interpret)[..., :n, :k]
         return out if accumulate is None else accumulate + out
     total = jax.new_ref(pad_to(accumulate, shape))
-    block_scaled_gemm(config, problem, a, b, table=table, out=total, num_sms=num_sms)
+    gemm(config, problem, Scaled(b.kind), Scaled.arrays(a, b), table=table, out=total, num_sms=num_sms)
     return jax.freeze(total)[..., :n, :k]

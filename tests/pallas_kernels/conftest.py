@@ -14,6 +14,8 @@ def implementation(request):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.gemm import Config
+    from pallas_kernels.grouped_bf16 import hopper as bf16
+    from pallas_kernels.grouped_bf16 import reference as bf16_reference
     from pallas_kernels.grouped_matmul import hopper as grouped
     from pallas_kernels.grouped_matmul import reference as grouped_reference
     from pallas_kernels.matmul import hopper as dense
@@ -21,7 +23,8 @@ def implementation(request):
     from pallas_kernels.wgrad import hopper as wgrad
     from pallas_kernels.wgrad import reference as wgrad_reference
 
-    modules = (dense, grouped, wgrad) if request.param == "hopper" else (dense_reference, grouped_reference, wgrad_reference)
+    plain = (dense_reference, grouped_reference, wgrad_reference, bf16_reference)
+    modules = (dense, grouped, wgrad, bf16) if request.param == "hopper" else plain
 
     def find(op, config=None, num_sms=2):
         function = next(getattr(module, op) for module in modules if hasattr(module, op))

@@ -1,12 +1,15 @@
 """What can be checked of the kernels without a GPU: every real shape lowers, and no tile choice spills registers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import aot, tuning
-from pallas_kernels.gemm import SMEM_BYTES, smem_bytes
+from pallas_kernels.gemm import SMEM_BYTES
+from pallas_kernels.grouped_bf16 import shapes as bf16_shapes
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.grouped_matmul.hopper import grouped_fp8_matmul
 from pallas_kernels.matmul import shapes as dense_shapes
@@ -46,6 +49,11 @@ def cases():
     for g, rows, n, k in wgrad_shapes.GROUPED:
         operands = tiles(n, g * (rows + 128)), tiles(k, g * (rows + 128)), sizes(g)
         yield f"grouped-wgrad-{g}x{rows}-{n}-{k}", accumulate(pk.grouped_fp8_wgrad), (*operands, array(g, n, k, dtype=jnp.float32))
+    for g, rows, n, k, transposed in bf16_shapes.MATMUL:
+        op = functools.partial(pk.grouped_bf16_matmul, transposed=transposed)
+        yield f"bf16-{g}x{rows}-{n}-{k}", op, (array(g * rows, k), array(g, *((n, k) if transposed else (k, n))), sizes(g))
+    for g, rows, n, k in bf16_shapes.WGRAD:
+        yield f"bf16-wgrad-{g}x{rows}-{n}-{k}", pk.grouped_bf16_wgrad, (array(g * rows, n), array(g * rows, k), sizes(g))
     for rows, cols in quantize_shapes.ROWS_COLS:
         yield f"quantize-{rows}-{cols}", pk.quantize_tiles, (array(rows, cols),)
         yield f"swiglu-{rows}-{cols}", pk.swiglu_quantize, (array(rows, cols),)
@@ -66,6 +74,7 @@ COMPILED = [
     *(f"dense-{m}-{n}-{k}" for m, n, k in [(64, 7168, 16384), (64, 4096, 7168), (64, 32768, 512), (128, 24576, 1536), (128, 7168, 2048)]),
     *("dense-4096-2112-7168", "dense-4096-7168-16384", "grouped-4x8192-4096-7168", "grouped-256x256-4096-7168", "masked-32x4096-4096-7168"),
     *("wgrad-7168-4096-8192", "grouped-wgrad-4x8192-4096-7168", "quantize-4096-7168", "swiglu-4096-7168", "rmsnorm-4096-7168"),
+    *("bf16-24x8192-4096-1024", "bf16-24x8192-1024-4096", "bf16-64x6-2816-2048", "bf16-wgrad-24x8192-4096-1024"),
     *(f"{op}-4096-7168" for op in ("requantize", "both", "swiglu-both", "swiglu-backward")),
 ]
 
@@ -97,10 +106,9 @@ def test_accumulation_is_in_place():
 @pytest.mark.parametrize("op", tuning.OPS)
 @pytest.mark.parametrize("m", [1, 100, 4096])
 def test_candidates_fit_into_shared_memory(op, m):
-    b_kind = "tiles" if "wgrad" in op else "blocks"
     for config in tuning.candidates(op, m):
-        for dtype in (jnp.bfloat16, jnp.float32):
-            assert smem_bytes(config, b_kind, dtype, ragged=op == "grouped_matmul") <= SMEM_BYTES
+        for dtype in (jnp.bfloat16,) if op == "grouped_bf16" else (jnp.bfloat16, jnp.float32):
+            assert tuning.shared_memory(config, op, dtype) <= SMEM_BYTES
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 500, 4096])

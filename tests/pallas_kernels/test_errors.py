@@ -23,6 +23,7 @@ def sizes(*values):
     return jnp.asarray(values, jnp.int32)
 
 
+BF16 = jnp.zeros((16, 256), jnp.bfloat16)
 A, B, BG = tiles(16, 256), blocks(128, 256), blocks(2, 128, 256)
 
 CASES = {
@@ -64,6 +65,15 @@ CASES = {
         "group_sizes: .* at most 256 tokens .* got 384",
     ),
     "unpadded tokens": (lambda: pk.grouped_fp8_wgrad(tiles(16, 200), tiles(16, 200), sizes(200)), "a: expected tokens in multiples of 128"),
+    "float32 operand": (
+        lambda: pk.grouped_bf16_matmul(jnp.zeros((16, 128)), jnp.zeros((2, 64, 128), jnp.bfloat16), sizes(9, 7)),
+        r"x: expected a bfloat16 array with 2 axes, got float32 \[16, 128\]",
+    ),
+    "K of w": (
+        lambda: pk.grouped_bf16_matmul(BF16, jnp.zeros((2, 64, 256), jnp.bfloat16), sizes(9, 7), transposed=False),
+        r"w: expected \[G, 256, N\], the K of x, got bfloat16 \[2, 64, 256\]",
+    ),
+    "rows of x": (lambda: pk.grouped_bf16_wgrad(BF16, BF16[:8], sizes(9, 7)), r"x: expected \[16, K\], the rows of dy"),
     "integers": (lambda: pk.quantize_tiles(jnp.zeros((4, 128), jnp.int32)), r"x: expected a floating-point array .* int32 \[4, 128\]"),
     "one axis": (lambda: pk.quantize_tiles(jnp.zeros(128)), r"x: expected .* at least two axes, got float32 \[128\]"),
     "empty": (lambda: pk.quantize_tiles(jnp.zeros((0, 128))), r"x: expected no empty axis"),

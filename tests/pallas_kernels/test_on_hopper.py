@@ -61,6 +61,24 @@ def test_masked():
     assert bench.relative_error(got, grouped_reference.masked_fp8_matmul(a, b, counts, out_dtype=jnp.float32)) < 2e-3
 
 
+@pytest.mark.parametrize("sizes", [[1000, 0, 1, 3095], [0, 4096, 0, 0], [1024] * 4, [7, 127, 129, 3000]])
+def test_grouped_bf16(sizes):
+    """The products of one layer's forward and backward pass, against float64 on the host."""
+    total = sum(sizes)
+    x, w, dy = bench.normal(0, 4096, 512), bench.normal(1, 4, 384, 512), bench.normal(2, 4096, 384)
+    rows = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes))]
+    f64 = [np.asarray(value.astype(jnp.float32), np.float64) for value in (x, w, dy)]
+    y = np.concatenate([f64[0][r] @ f64[1][g].T for g, r in enumerate(rows)])
+    dx = np.concatenate([f64[2][r] @ f64[1][g] for g, r in enumerate(rows)])
+    dw = np.stack([f64[2][r].T @ f64[0][r] for r in rows])
+    sizes = jnp.asarray(sizes, jnp.int32)
+    for got, want in ((pk.grouped_bf16_matmul(x, w, sizes), y), (pk.grouped_bf16_matmul(dy, w, sizes, transposed=False), dx)):
+        got = np.asarray(got.astype(jnp.float32))
+        assert np.linalg.norm(got[:total] - want) < 2e-3 * np.linalg.norm(want) and not np.any(got[total:])
+    got = np.asarray(pk.grouped_bf16_wgrad(dy, x, sizes))
+    assert np.linalg.norm(got - dw) < 1e-5 * np.linalg.norm(dw)
+
+
 def test_products_under_vmap():
     sizes = jnp.asarray([[100, 156], [256, 0], [7, 249]], jnp.int32)
     a, b, stacked = bench.tiles(0, 3, 256, 512), bench.blocks(1, 3, 384, 512), bench.blocks(1, 3, 2, 384, 512)

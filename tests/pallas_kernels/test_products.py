@@ -1,4 +1,4 @@
-"""The FP8 products, every implementation, against float64 products of the dequantised operands."""
+"""The FP8 and bfloat16 products, every implementation, against float64 products of the (dequantised) operands."""
 
 import pathlib
 
@@ -60,6 +60,7 @@ def test_dense(implementation, m, n, k, config):
         ([40, 0, 1, 59], Config(128, 128, 2, "m", cluster=2)),
         ([0, 0, 100, 0], Config(64, 64, 2)),
         ([7, 31, 62, 0], Config(64, 64, 2)),
+        ([70, 0, 1, 29], Config(64, 64, 2, cluster=2, multicast="b")),  # pairs of row tiles, whose second may be empty
     ],
 )
 def test_grouped(implementation, sizes, config):
@@ -131,3 +132,35 @@ def test_bad_numbers_stay_in_their_group(implementation):
     a, b = pk.quantize_tiles(normal(40, 128).at[3, 3].set(np.nan)), pk.quantize_blocks(normal(2, 64, 128, seed=1))
     got = np.asarray(implementation("grouped_fp8_matmul")(a, b, jnp.asarray([9, 31], jnp.int32)).astype(jnp.float32))
     assert not np.isfinite(got[3]).any() and np.isfinite(np.delete(got, 3, axis=0)).all()
+
+
+BF16_CONFIGS = [
+    Config(64, 64, 3),
+    Config(128, 128, 2, "n", cluster=2, multicast="b"),
+    Config(256, 128, 2, "m", cluster=2, slots=2),
+]
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("sizes", "config"), list(zip([[100, 0, 43, 0], [0, 9, 0, 1], [0, 0, 150, 0]], BF16_CONFIGS)))
+def test_grouped_bf16(implementation, sizes, config, transposed):
+    """Widths that are no whole tiles; rows past the groups, which hold NaN, give zeros."""
+    n, k = (200, 136) if transposed else (136, 200)
+    x, w = normal(150, k).astype(jnp.bfloat16), normal(4, 200, 136, seed=1).astype(jnp.bfloat16)
+    x = x.at[sum(sizes) :].set(jnp.nan)
+    got = np.asarray(implementation("grouped_bf16_matmul", config)(x, w, jnp.asarray(sizes, jnp.int32), transposed=transposed), np.float64)
+    assert got.shape == (150, n) and np.all(got[sum(sizes) :] == 0)
+    of_row = np.asarray(w, np.float64)[np.repeat(np.arange(4), sizes)]
+    want = np.einsum("mk,mnk->mn" if transposed else "mk,mkn->mn", np.asarray(x, np.float64)[: sum(sizes)], of_row)
+    assert error(got[: sum(sizes)], want) < 2e-3
+
+
+@pytest.mark.parametrize(("sizes", "config"), list(zip([[100, 0, 43, 0], [3, 70, 0, 68], [0, 0, 150, 0]], BF16_CONFIGS)))
+def test_grouped_bf16_wgrad(implementation, sizes, config):
+    """Groups that begin and end within the kernel's steps of 64 rows."""
+    dy, x = normal(150, 136).astype(jnp.bfloat16), normal(150, 72, seed=1).astype(jnp.bfloat16)
+    got = np.asarray(implementation("grouped_bf16_wgrad", config)(dy, x, jnp.asarray(sizes, jnp.int32)))
+    rows = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes))]
+    want = np.stack([np.asarray(dy, np.float64)[r].T @ np.asarray(x, np.float64)[r] for r in rows])
+    assert got.dtype == np.float32 and got.shape == (4, 136, 72) and error(got, want) < F32
+    assert not np.any(got[np.asarray(sizes) == 0])
