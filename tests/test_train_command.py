@@ -15,40 +15,17 @@ import numpy as np
 import pytest
 
 from dsv3_jax import checkpoint
+from tests.micro import write_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPE = """
-from dsv3_jax.config import *
-
-def recipe():
-    return TrainConfig(
-        model=ModelConfig(
-            vocab_size=300, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, q_lora_rank=16,
-            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, moe_intermediate_size=16,
-            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, rope_scaling=None, max_position_embeddings=256,
-        ),
-        data=DataConfig(corpus=({corpus!r},), heldout_fraction=0.1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        steps=120,
-        sequence_length=32,
-        batch_size=4,
-        remat="none",
-        checkpoint_every=20,
-    )
-"""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """The path of a recipe of a run of seconds."""
-    folder = tmp_path_factory.mktemp("recipe")
-    for i in range(40):
-        lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
-        (folder / "corpus").mkdir(exist_ok=True)
-        (folder / "corpus" / f"file{i:02}.py").write_text("\n".join(lines))
-    (folder / "corpus" / "latin1.py").write_bytes("# caf\u00e9".encode("latin-1"))
-    (folder / "micro.py").write_text(RECIPE.format(corpus=str(folder / "corpus")))
-    return str(folder / "micro.py")
+    path = write_recipe(tmp_path_factory.mktemp("recipe"), steps=120, batch_size=4, checkpoint_every=20)
+    (path.parent / "corpus" / "latin1.py").write_bytes("# caf\u00e9".encode("latin-1"))
+    return str(path)
 
 
 @pytest.fixture(scope="module")

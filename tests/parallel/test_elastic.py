@@ -15,25 +15,10 @@ from dsv3_jax.config import OptimizerConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.training.step import Trainer, TrainState
+from tests.micro import write_recipe
 from tests.parallel.compare_meshes import MODEL
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-
-def recipe():
-    return TrainConfig(
-        model=ModelConfig(
-            vocab_size=300, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, q_lora_rank=16,
-            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, moe_intermediate_size=16,
-            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, rope_scaling=None, max_position_embeddings=128,
-            initializer_range=0.05,
-        ),
-        data=DataConfig(corpus=("{corpus}",), cache="{corpus}/../cache"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, moment_dtype="float32"),
-        steps=9, sequence_length=32, batch_size=8, microbatch_size=4, checkpoint_every=3, eval_every=100,
-    )
-"""
 
 
 def trainer_on(mesh: str) -> Trainer:
@@ -69,17 +54,13 @@ def test_every_mesh_reads_what_another_wrote(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_changes_its_mesh_is_the_run_on_one_device(tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for i in range(40):
-        corpus.joinpath(f"{i}.py").write_text("".join(f"def f_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)))
-    recipe = tmp_path / "micro.py"
-    recipe.write_text(RECIPE.replace("{corpus}", str(corpus)))
+    recipe = write_recipe(tmp_path, steps=9, batch_size=8, microbatch_size=4, checkpoint_every=3, eval_every=100)
+    precise = ["--optimizer.learning-rate", "3e-3", "--optimizer.moment-dtype", "float32", "--data.cache", str(tmp_path / "cache")]
 
     def train(workdir, mesh, devices, steps):
         """The run is stopped after `steps` by its last checkpoint: what comes later is set aside."""
         command = [sys.executable, "train.py", str(recipe), "--workdir", str(tmp_path / workdir), "--mesh", mesh]
-        command += ["--fake-devices", str(devices), *steps]
+        command += ["--fake-devices", str(devices), *precise, *steps]
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"XLA_FLAGS": ""}, timeout=500, capture_output=True, text=True)
         lines = [json.loads(line) for line in (tmp_path / workdir / "metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if "loss" in line]

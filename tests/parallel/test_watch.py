@@ -13,6 +13,7 @@ import pytest
 
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel import watch
+from tests.micro import write_corpus
 
 ROOT = Path(__file__).parents[2]
 WAIT = """
@@ -70,17 +71,12 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_stuck_process_ends_the_run(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    for i in range(40):
-        lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
-        (tmp_path / "corpus" / f"file{i:02}.py").write_text("\n".join(lines))
+    corpus = write_corpus(tmp_path / "corpus")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     small = "--model.vocab-size 300 --model.hidden-size 32 --model.num-hidden-layers 2 --sequence-length 32 --batch-size 4"
-    options = (
-        f"tiny {small} --steps 50 --mesh data=2 --workdir {tmp_path / 'run'} --data.corpus {tmp_path / 'corpus'} --max-wait 40".split()
-    )
+    options = f"tiny {small} --steps 50 --mesh data=2 --workdir {tmp_path / 'run'} --data.corpus {corpus} --max-wait 40".split()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", STUCK, *options, "--coordinator", address, "--num-processes", "2", "--process-id"]
     start = time.monotonic()

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tests.micro import write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +36,7 @@ def micro_model() -> ModelConfig:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Forty small documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
-        (folder / f"file{i:02}.py").write_text("\n".join(lines))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
 
 
 @pytest.fixture(scope="session")

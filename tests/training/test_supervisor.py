@@ -19,6 +19,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.training import supervisor
+from tests.micro import write_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,26 +118,6 @@ def test_a_signal_to_stop_is_handed_on(tmp_path):
 
 
 # Real runs: four processes of one CPU device each, a checkpoint every three steps.
-RECIPE = """
-from dsv3_jax.config import *
-
-def recipe():
-    return TrainConfig(
-        model=ModelConfig(
-            vocab_size=300, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, q_lora_rank=16,
-            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, moe_intermediate_size=16,
-            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, rope_scaling=None, max_position_embeddings=256,
-        ),
-        data=DataConfig(corpus=({corpus!r},), heldout_fraction=0.1, cache={cache!r}),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        steps=80,
-        sequence_length=32,
-        batch_size=8,
-        remat="none",
-        checkpoint_every=3,
-        eval_every=1000,
-    )
-"""
 
 
 class Supervised:
@@ -194,13 +175,7 @@ class Supervised:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("supervised")
-    (folder / "corpus").mkdir()
-    for i in range(40):
-        lines = [f"def function_{i}_{j}(x):\n    return x + {i * j % 17} * {j}\n" for j in range(20)]
-        (folder / "corpus" / f"file{i:02}.py").write_text("\n".join(lines))
-    (folder / "micro.py").write_text(RECIPE.format(corpus=str(folder / "corpus"), cache=str(folder / "rows")))
-    return str(folder / "micro.py")
+    return str(write_recipe(tmp_path_factory.mktemp("supervised"), steps=80, batch_size=8, checkpoint_every=3, eval_every=1000))
 
 
 @pytest.fixture(scope="module")
