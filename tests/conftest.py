@@ -13,9 +13,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("NPROC", "32")
 
-# What one test compiled no other compiles again, in whatever process of this run it is. Nothing is kept for the next run.
+# On a CPU what one test compiled no other compiles again, in whatever process of this run it is. Nothing is kept for the next run.
 CACHE = "dsv3_jax_tests_"
-if CACHE not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+if os.environ["JAX_PLATFORMS"] == "cpu" and CACHE not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=CACHE)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
