@@ -24,7 +24,9 @@ def layer(x, w, sizes):
     masked = pk.masked_fp8_matmul(
         pk.quantize_tiles(x.reshape(w.shape[0], -1, x.shape[1])), b, jnp.full_like(sizes, x.shape[0] // w.shape[0])
     )
-    return y, dw, dense, masked.astype(jnp.float32)
+    x16 = x.astype(jnp.bfloat16)
+    y16 = pk.grouped_bf16_matmul(x16, w.astype(jnp.bfloat16), sizes)
+    return y, dw, dense, masked.astype(jnp.float32), y16.astype(jnp.float32), pk.grouped_bf16_wgrad(y16, x16, sizes)
 
 
 X, W, SIZES = normal(32, 256), normal(2, 64, 256, seed=1), jnp.asarray([20, 12], jnp.int32)
@@ -66,7 +68,7 @@ def test_shard_map_lowers_for_cuda(check_vma):
     spec = PartitionSpec("expert")
     mapped = jax.shard_map(layer, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=check_vma)
     text = jax.jit(mapped).trace(X, W, SIZES).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") >= 4
+    assert text.count("mosaic_gpu_v2") >= 6
 
 
 def test_checkpoint():
@@ -87,7 +89,7 @@ def test_checkpoint():
 def test_export_for_hopper():
     checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     exported = jax.export.export(jax.jit(layer), platforms=["cuda"], disabled_checks=checks)(X, W, SIZES)
-    assert exported.platforms == ("cuda",) and exported.mlir_module().count("mosaic_gpu_v2") >= 4
+    assert exported.platforms == ("cuda",) and exported.mlir_module().count("mosaic_gpu_v2") >= 6
 
 
 def test_export_for_cpu():
