@@ -1,6 +1,6 @@
 """Tokens/s of transformers' DeepseekV3 training step of a recipe's model on one GPU, to be held beside ours.
 
-    python tests/training/compare_transformers.py --rows 8
+    python tests/training/compare_transformers.py --rows 8 16
     python -m dsv3_jax.precision.bench step --precision bf16 --no-mtp --rows 16
 
 Its fastest way that we know of: bfloat16 weights and AdamW moments (ours keeps float32 masters), `grouped_mm` experts, cuDNN attention,
@@ -30,7 +30,7 @@ def config_of(recipe: str) -> DeepseekV3Config:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="small")
-    parser.add_argument("--rows", type=int, default=8, help="sequences of 4,096 tokens a step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16], help="sequences of 4,096 tokens a step; one after the other")
     parser.add_argument("--calls", type=int, default=10)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -38,8 +38,15 @@ def main() -> None:
         config_of(arguments.recipe), attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.bfloat16
     ).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, model.config.vocab_size, (arguments.rows, 4096), device="cuda")
-    compiled = torch.compile(model)
+    for rows in arguments.rows:
+        measure(model, optimizer, rows, arguments.calls)
+
+
+def measure(model, optimizer, rows: int, calls: int) -> None:
+    tokens = torch.randint(0, model.config.vocab_size, (rows, 4096), device="cuda")
+    torch._dynamo.reset()  # compiled for this shape alone
+    torch.cuda.reset_peak_memory_stats()
+    compiled = torch.compile(model, dynamic=False)
 
     def step():
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
@@ -53,23 +60,16 @@ def main() -> None:
     start = time.perf_counter()
     first = step().item()
     print(f"first step {time.perf_counter() - start:.0f} s, loss {first:.3f}", flush=True)
-    measure(step, tokens.numel(), arguments)
-
-
-def measure(step, num_tokens, arguments) -> None:
     for _ in range(3):
         step()
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(arguments.calls):
+    for _ in range(calls):
         step()
     torch.cuda.synchronize()
-    took = (time.perf_counter() - start) / arguments.calls
+    took = (time.perf_counter() - start) / calls
     peak = torch.cuda.max_memory_allocated() / 2**30
-    print(
-        f"transformers, {arguments.rows} rows: {took * 1e3:.1f} ms, {num_tokens / took:,.0f} tokens/s, peak memory {peak:.1f} GiB",
-        flush=True,
-    )
+    print(f"transformers, {rows} rows: {took * 1e3:.1f} ms, {tokens.numel() / took:,.0f} tokens/s, peak memory {peak:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":
