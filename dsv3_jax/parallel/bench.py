@@ -48,8 +48,9 @@ class Busy(NamedTuple):
     all: float
 
 
-def profile(run: Callable[[], object], group_of: Callable[[str], str] = lambda op: "") -> dict[str, Busy]:
-    """What one call of `run` keeps its devices busy with, by the group of the operation (its name in the compiled program)."""
+def profile(run: Callable[[], object], group_of: Callable[[str], str | None] = lambda op: "") -> dict[str, Busy]:
+    """What one call of `run` keeps its devices busy with, by the group of the operation (its name in the compiled program; None: not
+    known)."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(run())
@@ -76,13 +77,13 @@ def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]
 def _kernels(plane, group_of) -> list[tuple[float, float, str, bool]]:
     """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams, in order of the start.
 
-    What runs asynchronously is not always told to be of an operation: it counts to the group of what was started before it.
+    What runs asynchronously is not always told to be of a known operation: it counts to the group of what was started before it.
     """
     events = [event for line in plane.lines if line.name.startswith("Stream") for event in line.events]
     found, group = [], ""
     for event in sorted(events, key=lambda event: event.start_ns):
-        if op := dict(event.stats).get("hlo_op", ""):
-            group = group_of(op)
+        if (op := dict(event.stats).get("hlo_op", "")) and (known := group_of(op)) is not None:
+            group = known
         found.append((event.start_ns, event.start_ns + event.duration_ns, group, "nccl" in event.name.lower()))
     return found
 
@@ -327,8 +328,10 @@ def overlap(options) -> Callable[[], None]:
     scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
     branch = re.compile(r"branch_(\d+)_fun")
 
-    def group_of(op: str) -> str:
-        found = branch.search(scopes.get(op, ""))
+    def group_of(op: str) -> str | None:
+        if op not in scopes:  # the text of an asynchronous collective does not show the name that it runs under
+            return None
+        found = branch.search(scopes[op])
         return table.actions[int(found[1])] if found else "outside"
 
     def measure():
