@@ -28,6 +28,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig, TrainConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats, Routing
 from dsv3_jax.parallel import buffers, exchange
@@ -265,7 +266,10 @@ def step(options) -> Callable[[], None]:
         jax.block_until_ready(state)
         rate = (options.steps - 2) * config.batch_size * config.sequence_length / (time.perf_counter() - start)
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {max(map(float, fills)):.2f}", flush=True)
+        fill = max(map(float, fills))
+        print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {fill:.2f}", flush=True)
+        if fill > 1:
+            raise UserError(f"steps were void, the buffers were too small: --size {options.size * fill * buffers.HEADROOM:.2f}")
         print("losses", " ".join(f"{float(loss):.4f}" for loss in losses), flush=True)
         busy = profile(lambda: compiled(state, place(-1), scheduled))
         for found in busy.values():
@@ -340,7 +344,7 @@ def overlap(options) -> Callable[[], None]:
         tokens = jax.device_put(tokens, spread.batch_sharding)
         took = seconds(lambda: compiled(params, tokens)[0], calls=2)
         fill = float(compiled(params, tokens)[1]["fill"])
-        print(f"{options.precision}, {options.num_sms or 'all'} SMs: {took * 1e3:.1f} ms; fill {fill:.2f}")
+        print(f"{options.precision}, {options.num_sms or 'all'} SMs: {took * 1e3:.1f} ms; fill {fill:.2f}", flush=True)
         for name, busy in profile(lambda: compiled(params, tokens), group_of).items():
             ticks = int((table.action == table.actions.index(name)).sum()) if name in table.actions else 1
             hidden = f", {1 - busy.exposed / busy.communication:.0%} hidden" if busy.communication else ""
@@ -369,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["exchange", "step", "overlap"])
     parser.add_argument("--mesh", help="expert over all GPUs by default; step: one GPU")
     parser.add_argument("--precision", default="fp8", choices=["float32", "bf16", "fp8", "fp8_reference"])
-    parser.add_argument("--size", type=float, default=2 ** (8 / 12), help="of the exchange's buffers (parallel/buffers.py)")
+    parser.add_argument("--size", type=float, default=buffers.START, help="of the exchange's buffers, for step and overlap (buffers.py)")
     parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="communication beside nothing, for step and overlap")
     parser.add_argument("--max-delayed", type=int, default=0, help="weight gradients that a pipeline's rank puts off at one time")
     parser.add_argument("--remat", help="of step and overlap, instead of the recipe's and norms_and_up (TrainConfig.remat)")
