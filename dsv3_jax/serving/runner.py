@@ -24,6 +24,7 @@ from dsv3_jax.serving.sampler import Rows, Sampled, sample
 from dsv3_jax.serving.scheduler import Work, round_up
 
 _BATCHES = (1, 8, 32, 64, 128, 256)
+_DECODE_ROWS = 8  # at least: for one row XLA casts the whole head to float32, and rows of padding cost next to nothing
 _WIDTHS = (64, 256, 1024)
 _TABLES = (4, 16, 64, 256, 1024)
 _COMPILERS = 8  # programs that are compiled at once, each by several threads
@@ -46,7 +47,11 @@ class Shapes(NamedTuple):
         tables = _up_to(pages_for(max_length), _TABLES)
         if jax.default_backend() == "gpu":
             tables = tables[-1:]  # the kernel reads the pages that a sequence has; the reference reads all of the table
-        return cls(_up_to(max_batch, _BATCHES), widths, tables, prefill_tokens)
+        return cls(_up_to(max(max_batch, _DECODE_ROWS), _BATCHES), widths, tables, prefill_tokens)
+
+    @property
+    def decode_batches(self) -> tuple[int, ...]:
+        return tuple(batch for batch in self.batches if batch >= _DECODE_ROWS)
 
 
 def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -106,7 +111,7 @@ class Runner:
         batches, widths, _, prefill_tokens = self.shapes
         rows = {w: round_up(min(max(prefill_tokens // w, 1), batches[-1]), batches) for w in widths}
         prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
-        yield from self.compile_shapes(prefills + [(b, self.decode_width, None) for b in batches])
+        yield from self.compile_shapes(prefills + [(b, self.decode_width, None) for b in self.shapes.decode_batches])
 
     def compile_shapes(self, shapes: list[tuple[int, int, str | None]]) -> Iterator[tuple[int, int]]:
         """`compile` of those (rows of a rank, width, chunk). Programs of all layers are compiled side by side: the call that follows
@@ -134,7 +139,7 @@ class Runner:
         for request in work.requests:
             places.append((request.rank, used[request.rank]))
             used[request.rank] += 1
-        batch = round_up(max(used), self.shapes.batches)
+        batch = round_up(max(used), self.shapes.batches if work.prefill else self.shapes.decode_batches)
         rows = [rank * batch + place for rank, place in places]
         inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=work.prefill)
         params = [SamplingParams(temperature=0)] * len(inputs.lengths)
