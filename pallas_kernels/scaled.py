@@ -91,6 +91,8 @@ class Scaled:
                 if by_column:
                     partial *= lax.broadcast_in_dim(column_scales(scales, slot), (WAVE, cols), [1])
                 if wave == waves - 1:
+                    if self.b_kind == "tiles" and config.cluster > 1:
+                        plgpu.commit_smem()  # one thread gives a cluster's stage back for its warpgroup: all must have read their scales
                     plgpu.barrier_arrive(smem["empty"].at[slot])
                 for p, factor in enumerate(factors):
                     scale = row_scales if by_column else row_scales * factor
