@@ -28,6 +28,7 @@ from pallas_kernels.store import store
 ROWS = 64  # of a tile: heads times new tokens, the M of one wgmma
 HALF = LATENT // 2  # value columns of one warpgroup
 REGISTERS = {"float": (240, 24), "fp8": (216, 72)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
+FP8_COLUMNS = 64  # dequantised at a time
 WGMMA_OPERAND = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 ROW_VECTOR = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 
@@ -142,16 +143,25 @@ def _attend(
         high = jnp.where(sequence == last_sequence, last_block, num_blocks(length))
         return sequence, length, low, high, (low == 0) & (high == num_blocks(length))
 
+    halves = left_smem, right_smem
+    full = left_full, right_full
+    empty = (left_empty.at[0], left_empty.at[1]), (right0_empty, right1_empty)
+
     # ---- warpgroups 0 and 1 ----
+
+    def order(slot):
+        """The halves of a page in the order they become free: of page 0 warpgroup 0 is the first to be done with its half, of page 1
+        warpgroup 1. They are loaded and multiplied with Q in that order."""
+        return (0, 1) if slot == 0 else (1, 0)
 
     def scores(at, slot, zero):
         def product(acc):
             q = q_smem.at[zero]
-            plgpu.barrier_wait(left_full.at[slot])
-            plgpu.wgmma(acc, q.at[:, pl.ds(0, HALF)], left_smem.at[at].transpose((1, 0)))
-            plgpu.barrier_wait(right_full.at[slot])
-            plgpu.wgmma(acc, q.at[:, pl.ds(HALF, HALF)], right_smem.at[at].transpose((1, 0)))
-            plgpu.wgmma(acc, q.at[:, pl.ds(LATENT, ROPE)], rope_smem.at[at].transpose((1, 0)))
+            for side in order(slot):
+                plgpu.barrier_wait(full[side].at[slot])
+                plgpu.wgmma(acc, q.at[:, pl.ds(side * HALF, HALF)], halves[side].at[at].transpose((1, 0)))
+                if side == 1:
+                    plgpu.wgmma(acc, q.at[:, pl.ds(LATENT, ROPE)], rope_smem.at[at].transpose((1, 0)))
             return acc[...]
 
         return pl.run_scoped(product, plgpu.ACC((ROWS, PAGE_SIZE)))
@@ -200,11 +210,19 @@ def _attend(
         zero = lax.shift_right_logical(block, 31)
         return zero, 1 - zero
 
-    def left_step(o, length, masked, block, carry):
+    def release_queries(block, high):
+        pl.when(block == high - 1)(lambda: plgpu.barrier_arrive(q_empty))
+
+    def hand_back(barrier, block, high):
+        """Page 1 of a segment's last block stays with the warpgroups: there they lay out what they have to write."""
+        pl.when(block < high - 1)(lambda: plgpu.barrier_arrive(barrier))
+
+    def left_step(o, length, high, masked, block, carry):
         m, total = carry
         zero, one = indices(block)
         used = length - block * BLOCK
         s = scores(zero, 0, zero)
+        release_queries(block, high)
         if masked:
             s = mask(s, block * BLOCK, length, zero)
             clear_unused(left_smem.at[zero], used)
@@ -223,14 +241,15 @@ def _attend(
         alpha = jnp.exp2(m0 - m1)
         add_values(o, alpha, p1_smem.at[zero], left_smem.at[one])
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(left_empty.at[1])
+        hand_back(left_empty.at[1], block, high)
         return m1, total * alpha
 
-    def right_step(o, length, masked, block, carry):
+    def right_step(o, length, high, masked, block, carry):
         m, total = carry
         zero, one = indices(block)
         used = length - block * BLOCK
         s = scores(one, 1, zero)
+        release_queries(block, high)
         if masked:
             s = mask(s, block * BLOCK + PAGE_SIZE, length, zero)
         plgpu.barrier_wait(p_full.at[0])  # then page 0 has landed, too
@@ -249,7 +268,7 @@ def _attend(
             clear_unused(right_smem.at[one], used - PAGE_SIZE)
         add_values(o, alpha1, p1_smem.at[zero], right_smem.at[one])
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(right1_empty)
+        hand_back(right1_empty, block, high)
         return m1, total
 
     def compute(side, step):
@@ -264,9 +283,8 @@ def _attend(
             def attend(o):
                 unmasked = jnp.clip((length - num_queries + 1) // BLOCK, low, high)  # blocks before it are seen whole by every query
                 carry = tuple(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW_VECTOR) for x in (FINITE_MIN, 0))
-                carry = lax.fori_loop(low, unmasked, functools.partial(step, o, length, False), carry)
-                m, total = lax.fori_loop(unmasked, high, functools.partial(step, o, length, True), carry)
-                plgpu.barrier_arrive(q_empty)
+                carry = lax.fori_loop(low, unmasked, functools.partial(step, o, length, high, False), carry)
+                m, total = lax.fori_loop(unmasked, high, functools.partial(step, o, length, high, True), carry)
                 rows_smem.at[2 + side][...] = total  # over the keys of this warpgroup's pages only
                 plgpu.barrier_arrive(sums_full)
                 plgpu.barrier_wait(sums_full)
@@ -278,7 +296,13 @@ def _attend(
 
             @pl.when(whole)
             def _():
-                store(out_gmem.at[sequence, tile_rows, columns], out.astype(out_gmem.dtype))
+                if out_gmem.dtype == halves[side].dtype:
+                    halves[side].at[1][...] = out.astype(out_gmem.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(halves[side].at[1], out_gmem.at[sequence, tile_rows, columns])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                else:
+                    store(out_gmem.at[sequence, tile_rows, columns], out)
                 if side == 0:
                     lse_gmem.at[sequence, tile_rows][...] = jnp.where(lse > -jnp.inf, lse / LOG2E, jnp.inf)
 
@@ -289,6 +313,8 @@ def _attend(
                 if side == 0:
                     partial_lse_gmem.at[slot, tile_rows][...] = lse
 
+            plgpu.barrier_arrive(empty[side][1])
+
     # ---- warpgroup 2 ----
 
     def wait_if(condition, barrier):
@@ -296,47 +322,46 @@ def _attend(
         def _():
             plgpu.barrier_wait(barrier)
 
-    def right_empty(slot):
-        return right1_empty if slot else right0_empty
-
     def load_page(page, slot, reused, used):
         del used  # what lies behind it is cleared after it has landed
 
-        wait_if(reused, left_empty.at[slot])
-        plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(0, HALF)], left_smem.at[slot], left_full.at[slot])
-        wait_if(reused, right_empty(slot))
-        plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(HALF, HALF)], right_smem.at[slot], right_full.at[slot])
-        plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(LATENT, ROPE)], rope_smem.at[slot], right_full.at[slot])
+        for side in order(slot):
+            wait_if(reused, empty[side][slot])
+            plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(side * HALF, HALF)], halves[side].at[slot], full[side].at[slot])
+            if side == 1:
+                plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(LATENT, ROPE)], rope_smem.at[slot], full[side].at[slot])
 
     def load_fp8_page(page, slot, reused, used):
         codes_gmem, scales_gmem, rope_gmem = kv_gmem
         layout = plgpu.Layout.WGMMA_UPCAST_4X  # eight neighbours a lane
 
-        def load_tile(i):
-            codes = plgpu.load(codes_gmem.at[page, :, pl.ds(i * TILE, TILE)], layout=layout, optimized=False)
-            scales = plgpu.load(scales_gmem.at[page, :, LATENT // 4 + i], layout=layout.reduce(1), optimized=False)
+        def read(column):
+            codes = plgpu.load(codes_gmem.at[page, :, pl.ds(column, FP8_COLUMNS)], layout=layout, optimized=False)
+            scales = plgpu.load(scales_gmem.at[page, :, LATENT // 4 + column // TILE], layout=layout.reduce(1), optimized=False)
             return codes, scales
 
-        def dequantise(tile, ref):
-            codes, scales = tile
+        def dequantise(codes, scales, ref):
             values = codes.astype(jnp.float32) * lax.broadcast_in_dim(scales, codes.shape, [0])
             token = plgpu.broadcasted_iota(jnp.int32, codes.shape, 0, layout=layout)
             ref[...] = jnp.where(token < used, values.astype(jnp.bfloat16), jnp.zeros_like(values, jnp.bfloat16))
 
-        # One tile is on its way while another is dequantised; more would not fit the registers.
-        tiles = [load_tile(0)]
-        halves = (left_smem, left_empty.at[slot], left_full), (right_smem, right_empty(slot), right_full)
-        for half, (half_smem, empty, full) in enumerate(halves):
-            wait_if(reused, empty)
-            for i in range(2):
-                if len(tiles) < LATENT // TILE:
-                    tiles.append(load_tile(len(tiles)))
-                dequantise(tiles[2 * half + i], half_smem.at[slot, :, pl.ds(i * TILE, TILE)])
-            if half == 1:
-                columns = pl.ds((LATENT + 16) // 2, ROPE)  # behind 512 codes and 16 bytes of scales
-                rope_smem.at[slot][...] = plgpu.load(rope_gmem.at[page, :, columns], layout=layout, optimized=False)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(full.at[slot])
+        # Some columns are on their way while others are dequantised; more would not fit the registers.
+        columns = [side * HALF + i for side in order(slot) for i in range(0, HALF, FP8_COLUMNS)]
+        following = read(columns[0])
+        for i, column in enumerate(columns):
+            side, within = divmod(column, HALF)
+            if within == 0:
+                wait_if(reused, empty[side][slot])
+            piece = following
+            if i + 1 < len(columns):
+                following = read(columns[i + 1])
+            dequantise(*piece, halves[side].at[slot, :, pl.ds(within, FP8_COLUMNS)])
+            if within == HALF - FP8_COLUMNS:
+                if side == 1:
+                    rope = pl.ds((LATENT + 16) // 2, ROPE)  # behind 512 codes and 16 bytes of scales
+                    rope_smem.at[slot][...] = plgpu.load(rope_gmem.at[page, :, rope], layout=layout, optimized=False)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full[side].at[slot])
 
     def load():
         plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][1], action="decrease")
@@ -360,7 +385,7 @@ def _attend(
         done = lax.fori_loop(0, num_segments, load_segment, jnp.int32(0))
         # Nothing may arrive at a barrier of a block that has ended.
         wait_if(num_segments > 0, q_empty)
-        for barrier in (left_empty.at[0], left_empty.at[1], right0_empty, right1_empty):
+        for barrier in (*empty[0], *empty[1]):
             wait_if(done > 0, barrier)
 
     pl.when(warpgroup == 0)(lambda: compute(0, left_step))

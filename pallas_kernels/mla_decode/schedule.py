@@ -2,7 +2,8 @@
 
 The sequences are laid end to end, each as `SETUP` (what starting a sequence costs) plus one unit for every block of 128 tokens, and
 the line is cut into `num_parts` equal shares. A share may begin and end inside a sequence; such a sequence is split, its pieces are
-written as float32 partials and merged afterwards. All of it is a function of `lengths`, so new lengths compile nothing.
+written as float32 partials and merged afterwards. Where slightly larger shares cut between sequences only, they are taken. All of
+it is a function of `lengths`, so new lengths compile nothing.
 (FlashMLA's tile scheduler does the same greedily, csrc/smxx/decode/get_decoding_sched_meta.)
 """
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 BLOCK = 128  # tokens per step of the kernel, two pages
 SETUP = 2  # cost of starting a sequence, in blocks
 MIN_SHARE = 4  # blocks, setup included: below this, merging costs more than it saves
+MERGING = 4  # blocks a share may grow where then no sequence is split and nothing has to be merged
 
 
 class Schedule(NamedTuple):
@@ -30,12 +32,17 @@ def make_schedule(lengths, *, num_parts: int) -> Schedule:
     cost = num_blocks(lengths) + SETUP
     end = jnp.cumsum(cost)
     start = end - cost
-    share = jnp.maximum(-(-end[-1] // num_parts), MIN_SHARE)
 
-    cuts = jnp.arange(num_parts + 1, dtype=jnp.int32) * share
-    sequence = jnp.sum(end <= cuts[:, None], axis=1, dtype=jnp.int32)  # B behind the last one
-    inside = cuts - start.at[sequence].get(mode="clip") - SETUP
-    block = jnp.where(sequence < lengths.shape[0], jnp.maximum(inside, 0), 0)
+    def cut(share):
+        cuts = jnp.arange(num_parts + 1, dtype=jnp.int32) * share
+        sequence = jnp.sum(end <= cuts[:, None], axis=1, dtype=jnp.int32)  # B behind the last one
+        inside = cuts - start.at[sequence].get(mode="clip") - SETUP
+        return sequence, jnp.where(sequence < lengths.shape[0], jnp.maximum(inside, 0), 0)
+
+    share = jnp.maximum(-(-end[-1] // num_parts), MIN_SHARE)
+    sequences, blocks = jax.vmap(cut)(share + jnp.arange(MERGING + 1, dtype=jnp.int32))
+    chosen = jnp.argmax(jnp.all(blocks == 0, axis=1))  # the first that splits nothing, or the smallest
+    sequence, block = sequences[chosen], blocks[chosen]
 
     b = jnp.arange(lengths.shape[0], dtype=jnp.int32)[:, None]
     begun = (sequence < b) | ((sequence == b) & (block == 0))  # [B, num_parts + 1]: cuts at or before the first block of b
@@ -46,5 +53,5 @@ def make_schedule(lengths, *, num_parts: int) -> Schedule:
 
 
 def num_blocks(lengths):
-    """Blocks of 128 tokens a sequence occupies."""
-    return (lengths + (BLOCK - 1)) // BLOCK
+    """Blocks of 128 tokens a sequence occupies; one, all of it masked, where it has no tokens."""
+    return jnp.maximum((lengths + (BLOCK - 1)) // BLOCK, 1)
