@@ -5,7 +5,7 @@ time. The 64 x 512 output does not fit the registers of one warpgroup, so two sh
 
   warpgroup 0: S0 = Q K0^T, softmax -> P0     O_left  += P0 V0_left,   O_left  += P1 V1_left
   warpgroup 1: S1 = Q K1^T                    O_right += P0 V0_right, softmax -> P1, O_right += P1 V1_right
-  warpgroup 2: loads Q and pages; in an FP8 pool it also dequantises
+  warpgroup 2: loads Q and pages; pages of an FP8 pool it also dequantises, in place
 
 so that the tensor cores work for one of them while the other is in its softmax. Shared memory is full (Q and two pages are
 221,184 of 232,448 bytes), which is why P0 overwrites the RoPE columns of its own page: only S0 needed them.
@@ -14,6 +14,7 @@ so that the tensor cores work for one of them while the other is in its softmax.
 import functools
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -30,6 +31,7 @@ HALF = LATENT // 2  # value columns of one warpgroup
 REGISTERS = {"float": (240, 24), "fp8": (216, 72)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
 FP8_COLUMNS = 64  # dequantised at a time
 WGMMA_OPERAND = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+UPCAST = plgpu.Layout.WGMMA_UPCAST_4X  # eight neighbours a lane
 ROW_VECTOR = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 
 
@@ -50,8 +52,19 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
     num_parts = max(1, (num_sms or device_sms()) // tiles)
     schedule = make_schedule(lengths, num_parts=num_parts)
 
+    half = plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND)
+    if fp8:  # The 16 KB of codes land in the 32 KB of their values, at 2 slot; the RoPE values behind them, at 4 slot + 2.
+        codes = plgpu.SMEM((4, PAGE_SIZE, HALF), jnp.float8_e4m3fn)
+        half = plgpu.RefUnion(half, codes, plgpu.SMEM((8, PAGE_SIZE, ROPE), jnp.bfloat16))
     out, lse, partial_out, partial_lse = plgpu.kernel(
-        functools.partial(_attend, num_queries=num_queries, heads=heads, scale=softmax_scale * LOG2E, num_pages=kv_pages.shape[0]),
+        functools.partial(
+            _attend,
+            num_queries=num_queries,
+            heads=heads,
+            scale=softmax_scale * LOG2E,
+            num_pages=kv_pages.shape[0],
+            interpreted=interpret is not None,
+        ),
         out_type=(
             jax.ShapeDtypeStruct((B, tiles * ROWS, LATENT), out_dtype),
             jax.ShapeDtypeStruct((B, tiles * ROWS), jnp.float32),
@@ -60,8 +73,8 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
         ),
         scratch_types=dict(
             q_smem=plgpu.SMEM((1, ROWS, LATENT + ROPE), jnp.bfloat16, transforms=WGMMA_OPERAND),
-            left_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND),
-            right_smem=plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND),
+            left_smem=half,
+            right_smem=half,
             rope_smem=plgpu.SMEM((2, PAGE_SIZE, ROPE), jnp.bfloat16, transforms=WGMMA_OPERAND),
             p1_smem=plgpu.SMEM((1, ROWS, PAGE_SIZE), jnp.bfloat16, transforms=WGMMA_OPERAND),
             rows_smem=plgpu.SMEM((4, ROWS), jnp.float32),  # running maxima m0, m1 and, at the end, both sums
@@ -70,6 +83,8 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
             left_full=plgpu.Barrier(num_barriers=2),
             left_empty=plgpu.Barrier(num_barriers=2),
             right_full=plgpu.Barrier(num_arrivals=1 if fp8 else 2, num_barriers=2),
+            left_codes_full=plgpu.Barrier(num_barriers=2),  # of FP8 pages
+            right_codes_full=plgpu.Barrier(num_arrivals=2, num_barriers=2),
             right0_empty=plgpu.Barrier(num_arrivals=2),  # both warpgroups read P0, which lies in it
             right1_empty=plgpu.Barrier(),
             p_full=plgpu.Barrier(num_barriers=2),
@@ -99,6 +114,19 @@ def _fp8_views(kv_pages):
     return codes, lax.bitcast_convert_type(words[0], jnp.float32), lax.bitcast_convert_type(words[1], jnp.bfloat16)
 
 
+def _load_untiled(ref):
+    """A [64, n] piece of an untiled buffer, in the layout of an upcast. `plgpu.load` would have the buffer tiled, which its copy cannot do:
+    the 656 bytes of a row are no multiple of a tile."""
+    result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=UPCAST)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def load(ctx, ref):
+        del ctx
+        return mgpu.FragmentedArray.load_untiled(ref, layout=UPCAST.to_mgpu(), optimized=False)
+
+    return load(ref)
+
+
 def _attend(
     q_gmem,
     table_gmem,
@@ -119,11 +147,14 @@ def _attend(
     right0_empty,
     right1_empty,
     p_full,
+    left_codes_full,
+    right_codes_full,
     sums_full,
     num_queries,
     heads,
     scale,
     num_pages,
+    interpreted,
 ):
     """The kernel. `scale` makes scores logarithms to base 2; all maxima and partial lse are in these units."""
     *kv_gmem, out_gmem, lse_gmem, partial_gmem, partial_lse_gmem = gmem
@@ -143,6 +174,10 @@ def _attend(
         high = jnp.where(sequence == last_sequence, last_block, num_blocks(length))
         return sequence, length, low, high, (low == 0) & (high == num_blocks(length))
 
+    if fp8:
+        (left_smem, left_codes, _), (right_smem, right_codes, rope_codes) = left_smem, right_smem
+        codes_smem = left_codes, right_codes
+        codes_full = left_codes_full, right_codes_full
     halves = left_smem, right_smem
     full = left_full, right_full
     empty = (left_empty.at[0], left_empty.at[1]), (right0_empty, right1_empty)
@@ -322,46 +357,42 @@ def _attend(
         def _():
             plgpu.barrier_wait(barrier)
 
-    def load_page(page, slot, reused, used):
-        del used  # what lies behind it is cleared after it has landed
-
+    def load_page(page, slot, reused):
         for side in order(slot):
             wait_if(reused, empty[side][slot])
             plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(side * HALF, HALF)], halves[side].at[slot], full[side].at[slot])
             if side == 1:
                 plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(LATENT, ROPE)], rope_smem.at[slot], full[side].at[slot])
 
-    def load_fp8_page(page, slot, reused, used):
-        codes_gmem, scales_gmem, rope_gmem = kv_gmem
-        layout = plgpu.Layout.WGMMA_UPCAST_4X  # eight neighbours a lane
+    def load_codes(page, slot, reused):
+        """An FP8 page as it is: its scales are read when it is dequantised."""
+        for side in order(slot):
+            wait_if(reused, empty[side][slot])
+            source = kv_gmem[0].at[page, :, pl.ds(side * HALF, HALF)]
+            plgpu.copy_gmem_to_smem(source, codes_smem[side].at[2 * slot], codes_full[side].at[slot])
+            if side == 1:
+                rope = pl.ds((LATENT + 16) // 2, ROPE)  # behind 512 codes and 16 bytes of scales
+                plgpu.copy_gmem_to_smem(kv_gmem[2].at[page, :, rope], rope_codes.at[4 * slot + 2], codes_full[side].at[slot])
 
-        def read(column):
-            codes = plgpu.load(codes_gmem.at[page, :, pl.ds(column, FP8_COLUMNS)], layout=layout, optimized=False)
-            scales = plgpu.load(scales_gmem.at[page, :, LATENT // 4 + column // TILE], layout=layout.reduce(1), optimized=False)
-            return codes, scales
-
-        def dequantise(codes, scales, ref):
-            values = codes.astype(jnp.float32) * lax.broadcast_in_dim(scales, codes.shape, [0])
-            token = plgpu.broadcasted_iota(jnp.int32, codes.shape, 0, layout=layout)
-            ref[...] = jnp.where(token < used, values.astype(jnp.bfloat16), jnp.zeros_like(values, jnp.bfloat16))
-
-        # Some columns are on their way while others are dequantised; more would not fit the registers.
-        columns = [side * HALF + i for side in order(slot) for i in range(0, HALF, FP8_COLUMNS)]
-        following = read(columns[0])
-        for i, column in enumerate(columns):
-            side, within = divmod(column, HALF)
-            if within == 0:
-                wait_if(reused, empty[side][slot])
-            piece = following
-            if i + 1 < len(columns):
-                following = read(columns[i + 1])
-            dequantise(*piece, halves[side].at[slot, :, pl.ds(within, FP8_COLUMNS)])
-            if within == HALF - FP8_COLUMNS:
-                if side == 1:
-                    rope = pl.ds((LATENT + 16) // 2, ROPE)  # behind 512 codes and 16 bytes of scales
-                    rope_smem.at[slot][...] = plgpu.load(rope_gmem.at[page, :, rope], layout=layout, optimized=False)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(full[side].at[slot])
+    def dequantise(page, slot, used):
+        """Codes to values, in place: all codes of a half into registers, then its values over them."""
+        load = functools.partial(plgpu.load, layout=UPCAST) if interpreted else _load_untiled
+        for side in order(slot):
+            tiles = range(side * HALF // TILE, (side + 1) * HALF // TILE)
+            scales = [plgpu.load(kv_gmem[1].at[page, :, LATENT // 4 + i], layout=UPCAST.reduce(1), optimized=False) for i in tiles]
+            plgpu.barrier_wait(codes_full[side].at[slot])
+            if side == 1:
+                rope_smem.at[slot][...] = load(rope_codes.at[4 * slot + 2])
+            columns = [pl.ds(i, FP8_COLUMNS) for i in range(0, HALF, FP8_COLUMNS)]
+            codes = [load(codes_smem[side].at[2 * slot, :, c]) for c in columns]
+            plgpu.commit_smem()  # all have read what is now overwritten
+            for i, c in enumerate(columns):
+                values = codes[i].astype(jnp.float32) * lax.broadcast_in_dim(scales[i * FP8_COLUMNS // TILE], codes[i].shape, [0])
+                token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=UPCAST)
+                values = values.astype(jnp.bfloat16)
+                halves[side].at[slot, :, c][...] = jnp.where(token < used, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full[side].at[slot])
 
     def load():
         plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][1], action="decrease")
@@ -373,11 +404,14 @@ def _attend(
             plgpu.copy_gmem_to_smem(q_gmem.at[sequence, tile_rows], q_smem.at[0], q_full)
 
             def load_block(block, done):
-                for slot in range(2):
-                    # An odd last page is loaded twice, masked the second time. Bad entries are clipped into the pool.
-                    page = jnp.clip(table_gmem[sequence, jnp.minimum(2 * block + slot, last_page)], 0, num_pages - 1)
-                    used = length - block * BLOCK - slot * PAGE_SIZE
-                    (load_fp8_page if fp8 else load_page)(page, slot, done > 0, used)
+                # An odd last page is loaded twice, masked the second time. Bad entries are clipped into the pool.
+                index = [jnp.minimum(2 * block + slot, last_page) for slot in range(2)]
+                pages = [jnp.clip(table_gmem[sequence, i], 0, num_pages - 1) for i in index]
+                for slot, page in enumerate(pages):
+                    (load_codes if fp8 else load_page)(page, slot, done > 0)
+                if fp8:
+                    for slot, page in enumerate(pages):
+                        dequantise(page, slot, length - block * BLOCK - slot * PAGE_SIZE)
                 return done + 1
 
             return lax.fori_loop(low, high, load_block, done)
