@@ -17,6 +17,9 @@ CONFIG = ModelConfig(  # small, with the cache of V3, which the kernel is made f
     rope_scaling=None, max_position_embeddings=2048, initializer_range=0.05,
 )  # fmt: skip
 PARAMS = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
+# (of the tokens the part that may be far from the likeliest, mean error of log-probabilities). In FP8 a difference of one bfloat16 rounding
+# at the embedding alone makes 12.5% and 0.17 of the whole pass in plain JAX: random weights, codes 6 to 12% apart.
+LIMITS = {"bf16": (0.03, 0.05), "fp8": (0.2, 0.2)}
 # Prompt lengths, and engines for them: prompts in one step, each as a whole; in chunks, which attend to what is cached.
 PROMPTS = {
     "short": ((1, 5, 20, 33, 50, 64), dict(prefill_tokens=512, max_length=128)),
@@ -55,7 +58,7 @@ def test_tokens_are_the_likeliest_of_a_whole_pass(lengths, precision, fp8_cache)
     assert engine.pool.num_free == engine.pool.num_pages
     far, error = against_a_whole_pass(reference, prompts, completions)
     print(f"{precision}, FP8 cache {fp8_cache}: {far:.1%} of the tokens are not the likeliest, log-probabilities differ by {error:.4f}")
-    assert far < 0.03 and error < 0.05
+    assert far < LIMITS[precision][0] and error < LIMITS[precision][1]
 
 
 def test_scattered_pages_hold_what_whole_ones_do():
