@@ -25,12 +25,23 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and CACHE not in os.environ.get("JAX_COM
 def pytest_cmdline_main(config):
     """The whole suite on CPUs runs in a process for each core, up to four: one by itself keeps little more than one core busy.
 
-    The tests of a file stay together, as they share what is slow to make. `-n 0` runs all in one process.
+    The tests of a file stay together, as they share what is slow to make, and the files that take minutes go first, so that no process
+    is left alone with one at the end. `-n 0` runs all in one process.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and os.environ["JAX_PLATFORMS"] == "cpu"
     started_by_another = "PYTEST_XDIST_WORKER" in os.environ  # each worker comes by here too
     if whole and not started_by_another and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = min(4, len(os.sched_getaffinity(0))), "loadfile"
+        config.option.loadscopereorder = False  # the order of `pytest_collection_modifyitems`
+
+
+# Files that take half a minute or more, the longest first
+LONG = ["run", "step", "exchange", "notebook", "train_command", "executor", "recipes", "weights", "http", "engine", "mesh", "speculation"]
+LONG += ["loss", "products", "reference_models", "spread"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(name) if (name := item.path.stem.removeprefix("test_")) in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,5 +51,7 @@ def compile_fast(request):
 
     fast = request.path.parent.name in ("hub", "model", "serving", "training") and os.environ["JAX_PLATFORMS"] == "cpu"
     jax.config.update("jax_disable_most_optimizations", fast)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # for the commands that tests start
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"

@@ -78,7 +78,7 @@ def assert_same(found, expected, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.max(jnp.abs(b))), rtol=0)
 
 
-@pytest.mark.parametrize("mesh", ["expert=2", "expert=4", "expert=4x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("expert=2", marks=pytest.mark.slow), "expert=4", "expert=4x2"])
 def test_padded_exchange_is_the_local_one(mesh):
     """Values and gradients, those of the router through the routing weights among them."""
     sizes = MESHES[mesh]

@@ -77,6 +77,7 @@ def test_moves_bring_every_expert_to_its_slot(devices=4, experts=16, slots=24):
     place = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("expert")))  # noqa: E731
     plan = np.concatenate([np.arange(experts), rng.integers(0, experts, slots - experts)])
     weights = {name: place(leaf[plan]) for name, leaf in values.items()}
+    compiled = replicas.move._cache_size()  # by other tests
     for number in range(6):
         load = np.exp(rng.normal(size=(1, experts)))
         after, _, _ = eplb.rebalance_experts(load, slots, 1, 1, devices, previous=plan[None] if number % 2 else None)
@@ -88,7 +89,7 @@ def test_moves_bring_every_expert_to_its_slot(devices=4, experts=16, slots=24):
         plan = after[0]
         for name, leaf in values.items():
             np.testing.assert_array_equal(weights[name], leaf[plan])
-    assert replicas.move._cache_size() == 1
+    assert replicas.move._cache_size() <= compiled + 1
 
 
 def test_added_slots_are_empty():

@@ -123,7 +123,7 @@ def test_non_finite_steps_change_nothing_and_are_counted(setup, whole):
     assert state.adam.count == 2
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_fp8_overflow_is_counted_per_tensor_and_its_step_skipped(setup, count):
     """An infinite gain: the first product has one bad tile for each token, in a whole batch as in two microbatches."""
     decoder, config, params, batch = setup
