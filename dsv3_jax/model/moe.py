@@ -90,7 +90,7 @@ def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k`, ties and all, for the few that a router takes: k times the maximum, where XLA would sort, or by counting."""
     position, found = jnp.arange(x.shape[-1], dtype=jnp.int32), []
     if x.size * x.shape[-1] <= _COUNTED:
-        places = _places(-x)
+        places = _places(jnp.where(jnp.isnan(x), -jnp.inf, -x))  # a NaN, which no comparison places, is the greatest
         return _at(places, x, k), _at(places, position, k)
     for _ in range(k):
         index = jnp.argmax(x, axis=-1).astype(jnp.int32)
