@@ -29,7 +29,8 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.precision import BF16, FP8_WEIGHTS, Scales, Tap, attach
 from dsv3_jax.precision.fp8 import GRADIENT_FLOOR
 from dsv3_jax.training.loss import loss_and_terms
-from pallas_kernels import quantize_blocks, quantize_tiles
+from pallas_kernels import Quantized, quantize_blocks, quantize_tiles
+from pallas_kernels.quantized import E4M3, E4M3_MAX, num_blocks
 
 SCHEMES = ("recipe", "per_tensor", "gradient_blocks")
 PRODUCTS = ("y", "dx", "dw")
@@ -100,24 +101,26 @@ def errors(operands: Operands) -> dict[str, dict[str, float]]:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _quantised(x, w, dy, scales):
-    """Of each scheme the operands as float32: x and w of y, dy of dx, dy and x of dw."""
-    tiles = lambda v, pow2=False, **floor: quantize_tiles(v, pow2=pow2, **floor).dequantize()  # noqa: E731
-    blocks = lambda v: quantize_blocks(v).dequantize()  # noqa: E731
-    x_tiles = tiles(x, scales.input)
-    x_tokens = tiles(x_tiles.T, scales.input).T  # dequantised, transposed, quantised again
-    dy_tiles, dy_tokens = (tiles(v, scales.gradient, floor=GRADIENT_FLOOR) for v in (dy, dy.T))
+    """Of each scheme the operands: x and w of y, dy of dx, the transposes of dy and x of dw.
+
+    They leave this program as e4m3: where a conversion to it and the one back are in one program, XLA may drop the pair.
+    """
+    x_TK = quantize_tiles(x, pow2=scales.input)
+    x_KT = quantize_tiles(x_TK.dequantize().T, pow2=scales.input)  # dequantised, transposed, quantised again
+    dy_TN, dy_NT = (quantize_tiles(v, pow2=scales.gradient, floor=GRADIENT_FLOOR) for v in (dy, dy.T))
+    w_NK = quantize_blocks(w)
     return {
-        "recipe": (x_tiles, blocks(w), dy_tiles, dy_tokens.T, x_tokens),
-        "per_tensor": (_per_tensor(x), _per_tensor(w), _per_tensor(dy), _per_tensor(dy), _per_tensor(x)),
-        "gradient_blocks": (x_tiles, blocks(w), blocks(dy), blocks(dy), x_tokens),
+        "recipe": (x_TK, w_NK, dy_TN, dy_NT, x_KT),
+        "per_tensor": tuple(map(_per_tensor, (x, w, dy, dy.T, x.T))),
+        "gradient_blocks": (x_TK, w_NK, quantize_blocks(dy), quantize_blocks(dy.T), x_KT),
     }
 
 
 @jax.jit
 def _errors(x, w, dy, quantised):
-    wide = lambda *arrays: [a.astype(jnp.float64) for a in arrays]  # noqa: E731
-    exact = _products(*wide(x, w, dy, dy, x))
-    return {scheme: {p: _error(ours, exact[p]) for p, ours in _products(*wide(*q)).items()} for scheme, q in quantised.items()}
+    exact = _products(*(v.astype(jnp.float64) for v in (x, w, dy, dy.T, x.T)))
+    ours = {scheme: _products(*(q.dequantize(jnp.float64) for q in operands)) for scheme, operands in quantised.items()}
+    return {scheme: {p: _error(y, exact[p]) for p, y in products.items()} for scheme, products in ours.items()}
 
 
 def study(steps: Iterator[Iterator[Operands]], report: Callable[[str], None] = print) -> dict:
@@ -141,8 +144,8 @@ def study(steps: Iterator[Iterator[Operands]], report: Callable[[str], None] = p
     return {"products": names, "schemes": SCHEMES, "errors": table.tolist(), "standard_deviations": z}
 
 
-def _products(x, w, dy, dy_of_dw, x_of_dw):
-    return {"y": x @ w.T, "dx": dy @ w, "dw": dy_of_dw.T @ x_of_dw}
+def _products(x_TK, w_NK, dy_TN, dy_NT, x_KT):
+    return {"y": x_TK @ w_NK.T, "dx": dy_TN @ w_NK, "dw": dy_NT @ x_KT.T}
 
 
 def _error(ours, exact):
@@ -152,8 +155,10 @@ def _error(ours, exact):
 
 
 def _per_tensor(v):
-    scale = jnp.max(jnp.abs(v)).astype(jnp.float32) / 448
-    return (v.astype(jnp.float32) / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+    """`v` with the same scale in every tile."""
+    scale = jnp.max(jnp.abs(v)).astype(jnp.float32) / E4M3_MAX
+    codes = (v.astype(jnp.float32) / scale).astype(E4M3)
+    return Quantized.tiles(codes, jnp.full((len(v), num_blocks(v.shape[1])), scale))
 
 
 def _only_fp8(params, tap):

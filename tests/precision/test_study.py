@@ -7,7 +7,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import BF16, Scales
-from dsv3_jax.precision.study import Operands, errors, operands_of, study
+from dsv3_jax.precision.study import SCHEMES, Operands, _quantised, errors, operands_of, study
 
 
 def with_a_range_of_tokens(seed):
@@ -34,6 +34,15 @@ def test_coarse_scales_stand_out():
     assert np.isclose(result["standard_deviations"]["per_tensor"]["dx"], d.mean() / d.std(ddof=1))
     assert result["standard_deviations"]["per_tensor"]["dx"] > 5 < result["standard_deviations"]["gradient_blocks"]["dx"]
     assert result["standard_deviations"]["gradient_blocks"]["y"] == 0
+
+
+def test_what_is_quantised_leaves_its_program_in_e4m3():
+    """Within one program XLA drops conversions to e4m3 and back on a GPU, and the error with them."""
+    _, scales, *arrays = with_a_range_of_tokens(0)
+    for scheme, operands in _quantised(*arrays, scales).items():
+        assert all(operand.values.dtype == jnp.float8_e4m3fn for operand in operands), scheme
+    found = errors(with_a_range_of_tokens(0))
+    assert all(found[scheme][product] > 2**-7 for scheme in SCHEMES for product in ("y", "dx", "dw")), found
 
 
 def test_the_operands_caught_are_those_of_the_step():
