@@ -139,9 +139,9 @@ class PagePool:
 def page_keys(tokens: list[int], keys: list[bytes]) -> list[bytes]:
     """The keys of all full pages of `tokens`; `keys`: those of its first pages, if known."""
     keys = list(keys)
-    for start in range(len(keys) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
-        content = np.asarray(tokens[start : start + PAGE_SIZE], np.int32).tobytes()
-        keys.append(hashlib.blake2b((keys[-1] if keys else b"") + content, digest_size=16).digest())
+    count = len(tokens) // PAGE_SIZE
+    for page in np.asarray(tokens[len(keys) * PAGE_SIZE : count * PAGE_SIZE], np.int32).reshape(-1, PAGE_SIZE):
+        keys.append(hashlib.blake2b((keys[-1] if keys else b"") + page.tobytes(), digest_size=16).digest())
     return keys
 
 

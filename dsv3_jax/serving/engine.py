@@ -208,7 +208,7 @@ class Engine:
     def _collect(self, work: Work, result: Result) -> list[_Step]:
         """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
         sampled, counts, drafts = jax.tree.map(np.asarray, (tuple(result.sampled), result.counts, result.drafts))
-        steps = []
+        drawn, steps = sampled[0].tolist(), []
         for index, request, count in self.scheduler.landed(work):
             row = result.rows[index]
             if work.prefill:
@@ -220,7 +220,7 @@ class Engine:
                 self.stats.drafted += 1
                 self.stats.accepted += int(counts[row]) - 1
             tokens, reason = [], None
-            for token in sampled[0][row, : 1 if counts is None else counts[row]].tolist():
+            for token in drawn[row][: 1 if counts is None else counts[row]]:
                 tokens.append(token)
                 request.tokens.append(token)
                 if token in self._eos and not request.params.ignore_eos:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -85,6 +86,10 @@ class Ranks:
         if self.mesh is None:
             return params
         return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(self.mesh, spec)), params, self.param_specs(params))
+
+    def put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        """A host array where a step uses it."""
+        return jax.device_put(array, NamedSharding(self.mesh, spec) if self.mesh else None)
 
     def full(self, array: jax.ShapeDtypeStruct, spec: PartitionSpec, value: float = 0) -> jax.Array:
         return jnp.full(array.shape, value, array.dtype, device=NamedSharding(self.mesh, spec) if self.mesh else None)

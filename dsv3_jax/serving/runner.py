@@ -1,9 +1,9 @@
 """Runs steps on the device, in a few compiled shapes: rows × width of a prefill, rows of a decode step, pages of the table.
 
-A step is a few programs that follow each other without a word from the host: `feed` (what the step before it has sampled), `forward` (all
-layers, logits where they are wanted), `sample`, and with speculation `draft` (the MTP module). The caches are donated: they are
-updated in place. As the tokens of a step reach the next one on the device, the host need not have seen them. On a mesh the rows of all
-ranks make one step (ranks.py).
+A step is a few programs that follow each other without a word from the host: `forward` (all layers, logits where they are wanted),
+`sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place. A step starts from what the one
+before it has sampled on the device, so the host need not have seen that, and sends one array. On a mesh the rows of all ranks make one
+step (ranks.py).
 """
 
 import functools
@@ -24,9 +24,10 @@ from dsv3_jax.serving.sampler import Rows, Sampled, sample
 from dsv3_jax.serving.scheduler import Work, round_up
 
 _BATCHES = (1, 8, 32, 64, 128, 256)
-_DECODE_ROWS = 8  # at least: for one row XLA casts the whole head to float32, and rows of padding cost next to nothing
+_DECODE_ROWS = 8  # at least, and of logits: for one row XLA casts the whole head to float32, and rows of padding cost next to nothing
 _WIDTHS = (64, 256, 1024)
 _TABLES = (4, 16, 64, 256, 1024)
+_NO_REQUEST = SamplingParams(temperature=0)
 _COMPILERS = 8  # programs that are compiled at once, each by several threads
 
 
@@ -119,7 +120,7 @@ class Runner:
         sizes = itertools.product(shapes, self.shapes.tables)
         steps = [(_Inputs.empty(b * self.ranks.count, w, table, prefill=bool(chunk)), chunk) for (b, w, chunk), table in sizes]
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            lowered = (_forward.lower(*self._operands(inputs, self._feed(inputs)), chunk=chunk) for inputs, chunk in steps)
+            lowered = (_forward.lower(*self._operands(self._put(inputs)), form=inputs.form, chunk=chunk) for inputs, chunk in steps)
             compiled = [pool.submit(program.compile) for program in lowered]
             for done, ((inputs, chunk), program) in enumerate(zip(steps, compiled), 1):
                 program.result()
@@ -142,92 +143,108 @@ class Runner:
         batch = round_up(max(used), self.shapes.batches if work.prefill else self.shapes.decode_batches)
         rows = [rank * batch + place for rank, place in places]
         inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=work.prefill)
-        params = [SamplingParams(temperature=0)] * len(inputs.lengths)
-        for row, request, count, start, ahead in zip(rows, work.requests, work.counts, work.starts, work.ahead):
-            tokens = request.tokens[start : start + count]
-            if not work.prefill and self.speculate:
-                tokens = [request.tokens[start], request.draft or 0]
-            inputs.tokens[row, :count] = tokens
-            inputs.positions[row, :count] = np.arange(start, start + count)
-            inputs.limits[row] = request.max_tokens
-            inputs.source[row] = self._row_of[request] if ahead else -1
-            inputs.page_table[row, : len(request.pages)] = np.asarray(request.pages) % self._pages_per_rank
-            inputs.lengths[row] = start + count
+        fields, params = inputs.fields, [_NO_REQUEST] * (batch * self.ranks.count)
+        fields.limits[rows] = [request.max_tokens for request in work.requests]
+        fields.source[rows] = [self._row_of[request] if ahead else -1 for request, ahead in zip(work.requests, work.ahead)]
+        fields.lengths[rows] = np.add(work.starts, work.counts)
+        for row, request in zip(rows, work.requests):
+            fields.page_table[row, : len(request.pages)] = request.pages
             params[row] = request.params
-            if work.prefill:
-                inputs.last[row] = count - 1
-                following = request.tokens[start + 1 : start + count + 1]
-                inputs.next_tokens[row, : len(following)] = following
+        fields.page_table[:] %= self._pages_per_rank
+        if work.prefill:
+            for row, request, count, start in zip(rows, work.requests, work.counts, work.starts):
+                tokens = np.asarray(request.tokens[start : start + count + 1], np.int32)
+                fields.tokens[row, :count], fields.next_tokens[row, : len(tokens) - 1] = tokens[:count], tokens[1:]
+                fields.positions[row, :count] = np.arange(start, start + count)
+                fields.last[row] = count - 1
+        else:
+            fields.tokens[rows, 0] = [request.tokens[start] for request, start in zip(work.requests, work.starts)]
+            fields.tokens[rows, 1:] = [[request.draft or 0] * (width - 1) for request in work.requests]
+            fields.positions[rows] = np.add.outer(work.starts, np.arange(width))
         return rows, inputs._replace(rows=Rows.of(params, len(params)))
 
-    def _feed(self, inputs: "_Inputs") -> tuple:
-        of_rows = inputs.tokens, inputs.positions, inputs.lengths, inputs.limits, inputs.source, inputs.last
-        return _feed(self.ranks, self._last, *of_rows)
+    def _put(self, inputs: "_Inputs") -> jax.Array:
+        return self.ranks.put(inputs.packed, self.ranks.rows)
 
-    def _operands(self, inputs: "_Inputs", fed: tuple) -> tuple:
+    def _operands(self, packed: jax.Array) -> tuple:
         """Of `_forward`."""
-        tokens_BS, positions_BS, lengths_B, _ = fed
-        where = positions_BS, self.caches, inputs.page_table, lengths_B
-        return self.decoder, self.ranks, self.params, tokens_BS, *where, inputs.last
+        return self.decoder, self.ranks, self.params, self.caches, self._last, packed
 
     def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> tuple:
         """`Result` without its rows, for inputs that have them. bias: by row."""
-        tokens_BS, positions_BS, lengths_B, new_positions_BQ = fed = self._feed(inputs)
-        logits_BQW, hidden_BSD, self.caches, load_LE = _forward(*self._operands(inputs, fed), chunk=chunk)
-        bias_BQW = np.zeros((*inputs.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
+        packed, form = self._put(inputs), inputs.form
+        logits_BQW, hidden_BSD, self.caches, load_LE, new_positions_BQ = _forward(*self._operands(packed), form=form, chunk=chunk)
+        bias_BQW = np.zeros((*inputs.fields.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values
         sampled = sample(logits_BQW, inputs.rows, new_positions_BQ, logprobs=logprobs, bias_BQW=bias_BQW)
         drafts_B = counts_B = None
         if self.speculate:
-            may_accept = ~np.isin(np.arange(len(inputs.lengths)), list(bias))
-            where = (positions_BS, self.caches, inputs.page_table, lengths_B)
-            drafts_B, counts_B, self.caches = _draft(
-                self.decoder, self.ranks, self.params, hidden_BSD, tokens_BS, inputs.next_tokens, sampled.tokens, *where, inputs.last,
-                may_accept, chunk=chunk,
-            )  # fmt: skip
+            may_accept = ~np.isin(np.arange(len(inputs.fields.lengths)), list(bias))
+            of_step = hidden_BSD, sampled.tokens, may_accept
+            drafts_B, counts_B, self.caches = _draft(*self._operands(packed), *of_step, form=form, chunk=chunk)
         self._last = _keep(self.ranks, self._last, sampled.tokens, counts_B, drafts_B)
         return sampled, counts_B, drafts_B, load_LE
 
 
-class _Inputs(NamedTuple):
-    """Host arrays of a step: tokens, positions (-1: padding), next_tokens [B, S] (-1: the one that is sampled now), page_table
-    [B, pages], lengths [B], last [B, Q]: the columns after which a token is sampled, limits [B]: tokens a row may have, source [B]: the
-    row of the step before whose last token this one starts with (-1: none does), and the sampling parameters."""
+class _Fields(NamedTuple):
+    """What a step is told of its rows: tokens, positions (-1: padding), next_tokens [B, S] (-1: the one that is sampled now), last [B, Q]:
+    the columns after which a token is sampled, lengths [B], limits [B]: tokens a row may have, source [B]: the row of the step before
+    whose last token this one starts with (-1: none does), page_table [B, pages]."""
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    next_tokens: np.ndarray
-    page_table: np.ndarray
-    lengths: np.ndarray
-    last: np.ndarray
-    limits: np.ndarray
-    source: np.ndarray
+    tokens: jax.Array
+    positions: jax.Array
+    next_tokens: jax.Array
+    last: jax.Array
+    lengths: jax.Array
+    limits: jax.Array
+    source: jax.Array
+    page_table: jax.Array
+
+    @classmethod
+    def of(cls, packed, form: tuple[int, int]) -> "_Fields":
+        """The columns of one array int32 [B, ...], for (S, Q) of `form`; views of it where it is NumPy's."""
+        width, queries = form
+        split = np.split if isinstance(packed, np.ndarray) else jnp.split
+        *wide, lengths, limits, source, page_table = split(packed, np.cumsum([width, width, width, queries, 1, 1, 1]), axis=1)
+        return cls(*wide, lengths[:, 0], limits[:, 0], source[:, 0], page_table)
+
+
+class _Inputs(NamedTuple):
+    """Host arrays of a step: `_Fields` that are views of one array, which is sent as a whole, and the sampling parameters."""
+
+    packed: np.ndarray
+    form: tuple[int, int]
+    fields: _Fields
     rows: Rows
 
     @classmethod
     def empty(cls, batch: int, width: int, table: int, *, prefill: bool) -> "_Inputs":
-        last = np.zeros((batch, 1), np.int32) if prefill else np.tile(np.arange(width, dtype=np.int32), (batch, 1))
-        full = lambda value: np.full((batch, width), value, np.int32)  # noqa: E731
-        page_table = np.zeros((batch, table), np.int32)
-        per_row = lambda value: np.full(batch, value, np.int32)  # noqa: E731
-        return cls(full(0), full(-1), full(-1), page_table, per_row(0), last, per_row(0), per_row(-1), Rows.of([], batch))
+        form = width, 1 if prefill else width
+        packed = np.zeros((batch, 3 * width + form[1] + 3 + table), np.int32)
+        fields = _Fields.of(packed, form)
+        for unset in (fields.positions, fields.next_tokens, fields.source):
+            unset[:] = -1
+        if not prefill:
+            fields.last[:] = np.arange(width)
+        return cls(packed, form, fields, Rows.of([], batch))
 
 
-@functools.partial(jax.jit, static_argnames="ranks")
-def _feed(ranks, last, tokens_BS, positions_BS, lengths_B, limits_B, source_B, last_BQ):
-    """Tokens, positions and lengths with what the last step gave to the rows that go on from it, and where the new tokens will stand
-    [B, Q]. What is beyond a row's limit, as a step may be that was started before its row had ended, is written nowhere."""
-    token_B, count_B, draft_B = last[:, source_B]
-    goes_on_B = source_B >= 0
+def _feed(ranks, last, packed, form):
+    """The step's fields, with what the last step gave to the rows that go on from it, and where the new tokens will stand [B, Q]. What is
+    beyond a row's limit, as a step may be that was started before its row had ended, is written nowhere."""
+    fields = _Fields.of(packed, form)
+    token_B, count_B, draft_B = last[:, fields.source]
+    goes_on_B = fields.source >= 0
+    tokens_BS, positions_BS = fields.tokens, fields.positions
     tokens_BS = tokens_BS.at[:, 0].set(jnp.where(goes_on_B, token_B, tokens_BS[:, 0]))
     if tokens_BS.shape[1] > 1:
         tokens_BS = tokens_BS.at[:, 1].set(jnp.where(goes_on_B, draft_B, tokens_BS[:, 1]))
     added_B = jnp.where(goes_on_B, count_B, 0)
     moved_BS = positions_BS + added_B[:, None]
-    positions_BS = jnp.where((positions_BS >= 0) & (moved_BS < limits_B[:, None]), moved_BS, -1)
-    fed = tokens_BS, positions_BS, lengths_B + added_B, jnp.take_along_axis(moved_BS, last_BQ, axis=1) + 1
-    return ranks.hold(fed, ranks.rows)
+    positions_BS = jnp.where((positions_BS >= 0) & (moved_BS < fields.limits[:, None]), moved_BS, -1)
+    fields = fields._replace(tokens=tokens_BS, positions=positions_BS, lengths=fields.lengths + added_B)
+    return ranks.hold((fields, jnp.take_along_axis(moved_BS, fields.last, axis=1) + 1), ranks.rows)
 
 
 @functools.partial(jax.jit, static_argnames="ranks", donate_argnames="last")
@@ -240,25 +257,25 @@ def _keep(ranks, last, sampled_BQ, counts_B, drafts_B):
     return ranks.hold(last.at[:, :size].set(rows), WHOLE)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "chunk"), donate_argnames="caches")
-def _forward(decoder, ranks, params, tokens_BS, positions_BS, caches, page_table, lengths_B, last_BQ, *, chunk):
-    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads [L, E]."""
+@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames="caches")
+def _forward(decoder, ranks, params, caches, last, packed, *, form, chunk):
+    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads [L, E], and where the
+    new tokens will stand [B, Q]."""
+    fields, new_positions_BQ = _feed(ranks, last, packed, form)
 
-    def on_rank(params, caches, tokens_BS, positions_BS, page_table, lengths_B, last_BQ):
-        hidden_BSD, caches, stats = decoder.decode(params, tokens_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
-        wanted_BQD = jnp.take_along_axis(hidden_BSD, last_BQ[..., None], axis=1)
-        return decoder.head(params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches, ranks.total(stats.load_E)
+    def on_rank(params, caches, fields):
+        where = fields.positions, caches, fields.page_table, fields.lengths
+        hidden_BSD, caches, stats = decoder.decode(params, fields.tokens, *where, chunk=chunk)
+        wanted_BQD = jnp.take_along_axis(hidden_BSD, fields.last[..., None], axis=1)
+        return _logits(decoder, params, decoder.final_norm(params, wanted_BQD)), hidden_BSD, caches, ranks.total(stats.load_E)
 
-    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 5)
+    in_specs = (ranks.param_specs(params), ranks.pages, ranks.rows)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages, WHOLE))
-    return run(params, caches, tokens_BS, positions_BS, page_table, lengths_B, last_BQ)
+    return *run(params, caches, fields), new_positions_BQ
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "chunk"), donate_argnames="caches")
-def _draft(
-    decoder, ranks, params, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, caches, page_table, lengths_B, last_BQ,
-    may_accept_B, *, chunk,
-):  # fmt: skip
+@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames="caches")
+def _draft(decoder, ranks, params, caches, last, packed, hidden_BSD, sampled_BQ, may_accept_B, *, form, chunk):
     """How many sampled tokens count, and the token that the MTP module expects after them.
 
     In a decode step column 1 holds the draft of the step before: it was the right input if it is what column 0 samples now, and then
@@ -266,22 +283,25 @@ def _draft(
     (speculative sampling with a point mass: accepted with probability p(draft), and otherwise distributed as p without it).
     """
 
-    def on_rank(
-        params, caches, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, page_table, lengths_B, last_BQ, may_accept_B
-    ):
-        rows = jnp.arange(tokens_BS.shape[0])
-        accepted_B = jnp.zeros(tokens_BS.shape[0], bool)
+    def on_rank(params, caches, fields, hidden_BSD, sampled_BQ, may_accept_B):
+        rows, last_BQ = jnp.arange(len(sampled_BQ)), fields.last
+        accepted_B = jnp.zeros(len(sampled_BQ), bool)
         if last_BQ.shape[1] == 2:
-            accepted_B = may_accept_B & (sampled_BQ[:, 0] == tokens_BS[:, 1])
-        sampled_BS = jnp.zeros_like(tokens_BS).at[rows[:, None], last_BQ].set(sampled_BQ)
-        next_BS = jnp.where(next_tokens_BS < 0, sampled_BS, next_tokens_BS)
-        normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, positions_BS, caches, page_table, lengths_B, chunk=chunk)
+            accepted_B = may_accept_B & (sampled_BQ[:, 0] == fields.tokens[:, 1])
+        sampled_BS = jnp.zeros_like(fields.tokens).at[rows[:, None], last_BQ].set(sampled_BQ)
+        next_BS = jnp.where(fields.next_tokens < 0, sampled_BS, fields.next_tokens)
+        where = fields.positions, caches, fields.page_table, fields.lengths
+        normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, *where, chunk=chunk)
         normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
-        drafts_B = jnp.argmax(decoder.head(params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
+        drafts_B = jnp.argmax(_logits(decoder, params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
         return drafts_B, 1 + accepted_B.astype(jnp.int32), caches
 
-    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 9)
+    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 4)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages))
-    return run(
-        params, caches, hidden_BSD, tokens_BS, next_tokens_BS, sampled_BQ, positions_BS, page_table, lengths_B, last_BQ, may_accept_B
-    )
+    return run(params, caches, _feed(ranks, last, packed, form)[0], hidden_BSD, sampled_BQ, may_accept_B)
+
+
+def _logits(decoder, params, normed_BQD):
+    """The head, of `_DECODE_ROWS` rows at least."""
+    rows = len(normed_BQD)
+    return decoder.head(params, jnp.pad(normed_BQD, ((0, max(_DECODE_ROWS - rows, 0)), (0, 0), (0, 0))))[:rows]

@@ -27,14 +27,8 @@ class Rows(NamedTuple):
     def of(cls, params: list[SamplingParams], size: int) -> "Rows":
         """Padded with greedy rows to `size`."""
         params = params + [SamplingParams(temperature=0)] * (size - len(params))
-        column = lambda name, dtype: np.array([getattr(p, name) for p in params], dtype)  # noqa: E731
-        return cls(
-            column("temperature", np.float32),
-            column("top_p", np.float32),
-            column("top_k", np.int32),
-            column("min_p", np.float32),
-            np.array([p.seed % 2**32 for p in params], np.uint32),
-        )
+        columns = zip(*[(p.temperature, p.top_p, p.top_k, p.min_p, p.seed % 2**32) for p in params])
+        return cls(*map(np.array, columns, (np.float32, np.float32, np.int32, np.float32, np.uint32)))
 
 
 class Sampled(NamedTuple):

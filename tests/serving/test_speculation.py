@@ -119,7 +119,7 @@ def test_all_shapes_are_compiled_at_the_start(model, monkeypatch):
     launch = Runner._launch
 
     def record(runner, inputs, **options):
-        launched.append((inputs.tokens.shape, inputs.page_table.shape, options["chunk"]))
+        launched.append((inputs.fields.tokens.shape, inputs.fields.page_table.shape, options["chunk"]))
         return launch(runner, inputs, **options)
 
     monkeypatch.setattr(Runner, "_launch", record)
