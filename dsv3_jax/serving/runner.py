@@ -244,7 +244,9 @@ def _feed(ranks, last, packed, form):
     moved_BS = positions_BS + added_B[:, None]
     positions_BS = jnp.where((positions_BS >= 0) & (moved_BS < fields.limits[:, None]), moved_BS, -1)
     fields = fields._replace(tokens=tokens_BS, positions=positions_BS, lengths=fields.lengths + added_B)
-    return ranks.hold((fields, jnp.take_along_axis(moved_BS, fields.last, axis=1) + 1), ranks.rows)
+    new_positions_BQ = jnp.take_along_axis(moved_BS, fields.last, axis=1) + 1
+    # Held apart: the compiler would compute this again in each layer's kernels.
+    return jax.lax.optimization_barrier(ranks.hold((fields, new_positions_BQ), ranks.rows))
 
 
 @functools.partial(jax.jit, static_argnames="ranks", donate_argnames="last")
