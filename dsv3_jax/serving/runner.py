@@ -8,7 +8,7 @@ step (ranks.py).
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -142,14 +142,16 @@ class Runner:
             used[request.rank] += 1
         batch = round_up(max(used), self.shapes.batches if work.prefill else self.shapes.decode_batches)
         rows = [rank * batch + place for rank, place in places]
-        inputs = _Inputs.empty(batch * self.ranks.count, width, table, prefill=work.prefill)
-        fields, params = inputs.fields, [_NO_REQUEST] * (batch * self.ranks.count)
+        params = [_NO_REQUEST] * (batch * self.ranks.count)
+        for row, request in zip(rows, work.requests):
+            params[row] = request.params
+        inputs = _Inputs.empty(len(params), width, table, prefill=work.prefill, params=params)
+        fields = inputs.fields
         fields.limits[rows] = [request.max_tokens for request in work.requests]
         fields.source[rows] = [self._row_of[request] if ahead else -1 for request, ahead in zip(work.requests, work.ahead)]
         fields.lengths[rows] = np.add(work.starts, work.counts)
         for row, request in zip(rows, work.requests):
             fields.page_table[row, : len(request.pages)] = request.pages
-            params[row] = request.params
         fields.page_table[:] %= self._pages_per_rank
         if work.prefill:
             for row, request, count, start in zip(rows, work.requests, work.counts, work.starts):
@@ -161,7 +163,7 @@ class Runner:
             fields.tokens[rows, 0] = [request.tokens[start] for request, start in zip(work.requests, work.starts)]
             fields.tokens[rows, 1:] = [[request.draft or 0] * (width - 1) for request in work.requests]
             fields.positions[rows] = np.add.outer(work.starts, np.arange(width))
-        return rows, inputs._replace(rows=Rows.of(params, len(params)))
+        return rows, inputs
 
     def _put(self, inputs: "_Inputs") -> jax.Array:
         return self.ranks.put(inputs.packed, self.ranks.rows)
@@ -219,7 +221,7 @@ class _Inputs(NamedTuple):
     rows: Rows
 
     @classmethod
-    def empty(cls, batch: int, width: int, table: int, *, prefill: bool) -> "_Inputs":
+    def empty(cls, batch: int, width: int, table: int, *, prefill: bool, params: Sequence[SamplingParams] = ()) -> "_Inputs":
         form = width, 1 if prefill else width
         packed = np.zeros((batch, 3 * width + form[1] + 3 + table), np.int32)
         fields = _Fields.of(packed, form)
@@ -227,7 +229,7 @@ class _Inputs(NamedTuple):
             unset[:] = -1
         if not prefill:
             fields.last[:] = np.arange(width)
-        return cls(packed, form, fields, Rows.of([], batch))
+        return cls(packed, form, fields, Rows.of(list(params), batch))
 
 
 def _feed(ranks, last, packed, form):

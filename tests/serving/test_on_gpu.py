@@ -17,9 +17,15 @@ CONFIG = ModelConfig(  # small, with the cache of V3, which the kernel is made f
     rope_scaling=None, max_position_embeddings=2048, initializer_range=0.05,
 )  # fmt: skip
 PARAMS = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
-# (of the tokens the part that may be far from the likeliest, mean error of log-probabilities). In FP8 a difference of one bfloat16 rounding
-# at the embedding alone makes 12.5% and 0.17 of the whole pass in plain JAX, and the engine in plain JAX has 7.1% and 0.11.
-LIMITS = {"bf16": (0.03, 0.05), "fp8": (0.15, 0.15)}
+# By (precision, FP8 cache): of the tokens the part that may be far from the likeliest, and the mean error of log-probabilities. This model
+# of random weights is sensitive: the engine in plain JAX, with the same prompts, has (1.3%, 0.02), (1.7%, 0.05), (7.1%, 0.11) and
+# (11.7%, 0.13), and in FP8 a difference of one bfloat16 rounding at the embedding alone makes (12.5%, 0.17) of the whole pass.
+LIMITS = {
+    ("bf16", False): (0.03, 0.05),
+    ("bf16", True): (0.06, 0.08),
+    ("fp8", False): (0.15, 0.15),
+    ("fp8", True): (0.18, 0.18),
+}
 # Prompt lengths, and engines for them: prompts in one step, each as a whole; in chunks, which attend to what is cached.
 PROMPTS = {
     "short": ((1, 5, 20, 33, 50, 64), dict(prefill_tokens=512, max_length=128)),
@@ -58,7 +64,7 @@ def test_tokens_are_the_likeliest_of_a_whole_pass(lengths, precision, fp8_cache)
     assert engine.pool.num_free == engine.pool.num_pages
     far, error = against_a_whole_pass(reference, prompts, completions)
     print(f"{precision}, FP8 cache {fp8_cache}: {far:.1%} of the tokens are not the likeliest, log-probabilities differ by {error:.4f}")
-    assert far < LIMITS[precision][0] and error < LIMITS[precision][1]
+    assert far < LIMITS[precision, fp8_cache][0] and error < LIMITS[precision, fp8_cache][1]
 
 
 def test_scattered_pages_hold_what_whole_ones_do():
