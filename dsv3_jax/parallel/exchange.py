@@ -27,7 +27,7 @@ from dsv3_jax.parallel import buffers
 from dsv3_jax.parallel.sharding import expert_axes
 from dsv3_jax.precision import Activation, keep
 from pallas_kernels import Quantized, gather_rows
-from pallas_kernels.quantized import BLOCK
+from pallas_kernels.quantized import BLOCK, E4M3, num_blocks
 
 
 def over_mesh(config: ModelConfig, sizes: Mapping[str, int], size: float) -> Exchange:
@@ -68,12 +68,52 @@ class Plan(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What travels. x [T, D] in the compute dtype, or e4m3; small float32 [T, ...], what goes along; gradient: None, or for e4m3 rows
-    zeros like x in the compute dtype, whose cotangent is the rows' own (as in `precision.Activation`)."""
+    """What travels.
 
-    x_TD: jax.Array
-    small: jax.Array
-    gradient: jax.Array | None
+    bits: the rows as `Layout` has them, which carry no gradient. gradient: zeros [T, D] in the compute dtype that nothing reads, whose
+    cotangent is that of the values (as in `precision.Activation`). weights [T, K]: the routing weights among the bits.
+    """
+
+    bits: tuple[jax.Array, ...]
+    gradient: jax.Array
+    weights_TK: jax.Array
+
+
+class Layout(NamedTuple):
+    """A row is one string of bits, so that one all-to-all moves it (two would be started one after the other): unsigned integers [T, N],
+    first its values, then, from a multiple of BLOCK columns on, numbers that go along: the routing weights of its `choices` experts, these
+    experts + 1 (a zero row has none), the scales of e4m3 values.
+
+    Where a row starts, values and numbers are two such matrices; `gather_rows` lays them side by side on its way.
+    """
+
+    dtype: np.dtype  # of the values
+    number: np.dtype  # what goes along: float32, or float64 in tests
+    width: int
+    choices: int
+
+    @property
+    def columns(self) -> int:
+        """Integers that hold the values."""
+        return self.width * self.dtype.itemsize // _itemsize(self.dtype)
+
+    def pack(self, values_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, *scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+        numbers = jnp.concatenate([weights_TK, experts_TK.astype(self.number) + 1, *scales], axis=1)
+        return lax.stop_gradient(tuple(_as_integers(x, _itemsize(self.dtype)) for x in (values_TD, numbers)))
+
+    def weights(self, bits: jax.Array) -> jax.Array:
+        return self._numbers(bits, 0, self.choices)
+
+    def experts(self, bits: jax.Array) -> jax.Array:
+        """[T, K], -1: none."""
+        return self._numbers(bits, self.choices, 2 * self.choices).astype(jnp.int32) - 1
+
+    def scales(self, bits: jax.Array) -> jax.Array:
+        return self._numbers(bits, 2 * self.choices, 2 * self.choices + num_blocks(self.width))
+
+    def _numbers(self, bits, begin, end):
+        first, integers = num_blocks(self.columns) * BLOCK, self.number.itemsize // bits.dtype.itemsize
+        return _from_integers(bits[:, first + begin * integers : first + end * integers], self.number)
 
 
 class Hop(NamedTuple):
@@ -86,22 +126,20 @@ class Hop(NamedTuple):
     def plan(self, device_TK: jax.Array) -> tuple[Plan, jax.Array]:
         """The plan for rows that go to devices [T, K] (nowhere: outside of 0..devices-1), and how full the fullest buffer is."""
         (num_rows, choices), none = device_TK.shape, self.devices * self.room
-        goes_TN = jnp.any(device_TK[..., None] == jnp.arange(self.devices), axis=1)
-        order_TN = jnp.cumsum(goes_TN, axis=0, dtype=jnp.int32) - 1
-        fill = jnp.max(order_TN[-1] + 1).astype(jnp.float32) / self.room
-        place_TN = jnp.where(goes_TN & (order_TN < self.room), order_TN + self.room * jnp.arange(self.devices, dtype=jnp.int32), none)
+        order_TN, load_N = _order(device_TK, self.devices)
+        fill = jnp.max(load_N).astype(jnp.float32) / self.room
+        place_TN = jnp.where(order_TN < self.room, order_TN + self.room * jnp.arange(self.devices, dtype=jnp.int32), none)
         row_TN = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], place_TN.shape)
         taken_R = jnp.full((none,), num_rows, jnp.int32).at[place_TN].set(row_TN, mode="drop", unique_indices=False)
-        # A row has no more copies than choices: the places that are none stand last.
-        return Plan(taken_R, jnp.sort(place_TN, axis=1)[:, : min(choices, self.devices)]), fill
+        if choices < self.devices:  # a row has no more copies than choices: the places that are none stand last
+            place_TN = jnp.sort(place_TN, axis=1)[:, :choices]
+        return Plan(taken_R, place_TN), fill
 
-    def out(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
-        joined = _take(_join(rows), plan.taken_R)
-        return _parts(lax.all_to_all(joined, self.axes, 0, 0, tiled=True), rows)
+    def out(self, plan: Plan, *bits: jax.Array) -> jax.Array:
+        return lax.all_to_all(_take(bits, plan), self.axes, 0, 0, tiled=True)
 
-    def back(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
-        arrived = lax.all_to_all(_join(rows), self.axes, 0, 0, tiled=True)
-        return [_sum_of_copies(y, plan) for y in _parts(arrived, rows)]
+    def back(self, plan: Plan, y_RD: jax.Array) -> jax.Array:
+        return _sum_of_copies(lax.all_to_all(y_RD, self.axes, 0, 0, tiled=True), plan)
 
 
 class Gather(NamedTuple):
@@ -110,14 +148,15 @@ class Gather(NamedTuple):
     axes: tuple[str, ...]
     devices: int
 
-    def plan(self, device_TK: jax.Array) -> tuple[None, jax.Array]:
-        return None, jnp.zeros((), jnp.float32)
+    def plan(self, device_TK: jax.Array) -> tuple[Plan, jax.Array]:
+        row_T = jnp.arange(len(device_TK), dtype=jnp.int32)
+        return Plan(row_T, row_T[:, None]), jnp.zeros((), jnp.float32)
 
-    def out(self, plan: None, *rows: jax.Array) -> list[jax.Array]:
-        return [lax.all_gather(x, self.axes, tiled=True) for x in rows]
+    def out(self, plan: Plan, *bits: jax.Array) -> jax.Array:
+        return lax.all_gather(_take(bits, plan), self.axes, tiled=True)
 
-    def back(self, plan: None, *rows: jax.Array) -> list[jax.Array]:
-        return [lax.psum_scatter(y.astype(jnp.float32), self.axes, tiled=True).astype(y.dtype) for y in rows]
+    def back(self, plan: Plan, y_RD: jax.Array) -> jax.Array:
+        return lax.psum_scatter(y_RD.astype(jnp.float32), self.axes, tiled=True).astype(y_RD.dtype)
 
 
 class Sort(NamedTuple):
@@ -126,29 +165,38 @@ class Sort(NamedTuple):
     num_experts: int
     room: int
 
-    def plan(self, expert_TK: jax.Array) -> tuple[Plan, jax.Array, jax.Array, jax.Array]:
-        """The plan for experts [T, K] of this device (num_experts: none of them), the flat (t, k) of each row, group sizes [E], fill."""
-        flat = expert_TK.reshape(-1)
-        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
-        end_E = jnp.cumsum(jnp.sum(flat[:, None] == jnp.arange(self.num_experts), axis=0, dtype=jnp.int32))
+    def plan(self, expert_TM: jax.Array) -> tuple[Plan, jax.Array, jax.Array, jax.Array]:
+        """The plan for experts [T, M] of this device (num_experts: none of them), the flat (t, m) of each row (none: T·M), group sizes
+        [E], fill."""
+        order_TE, load_E = _order(expert_TM, self.num_experts)
+        end_E = jnp.cumsum(load_E)
+        place_TE = jnp.minimum(order_TE + end_E - load_E, self.room)  # counted, where a sort by expert would be a dozen kernels
+        places_TM = jnp.take_along_axis(place_TE, expert_TM, axis=1, mode="fill", fill_value=self.room)
+        choice = jnp.arange(expert_TM.size, dtype=jnp.int32).reshape(expert_TM.shape)
+        choice_R = jnp.full((self.room,), expert_TM.size, jnp.int32).at[places_TM].set(choice, mode="drop")
         fill = end_E[-1].astype(jnp.float32) / self.room
-        end_E = jnp.minimum(end_E, self.room)  # a product never reads beyond its rows
-        choice_R = order[: self.room]
-        taken_R = jnp.where(jnp.arange(self.room) < end_E[-1], choice_R // expert_TK.shape[1], expert_TK.shape[0])
-        places = jnp.where((flat < self.num_experts) & (inverse < self.room), inverse, self.room)
-        return Plan(taken_R, places.reshape(expert_TK.shape)), choice_R, jnp.diff(end_E, prepend=0), fill
+        group_sizes_E = jnp.diff(jnp.minimum(end_E, self.room), prepend=0)  # a product never reads beyond its rows
+        return Plan(choice_R // expert_TM.shape[1], places_TM), choice_R, group_sizes_E, fill
 
-    def out(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
-        return [_take(x, plan.taken_R) for x in rows]
+    def out(self, plan: Plan, *bits: jax.Array) -> jax.Array:
+        return _take(bits, plan)
 
-    def back(self, plan: Plan, *rows: jax.Array) -> list[jax.Array]:
-        return [_sum_of_copies(y, plan) for y in rows]
+    def back(self, plan: Plan, y_RD: jax.Array) -> jax.Array:
+        return _sum_of_copies(y_RD, plan)
 
 
-def _take(x_TN: jax.Array, index_R: jax.Array) -> jax.Array:
-    """x[index], zeros beyond the end."""
-    return x_TN.at[index_R].get(mode="fill", fill_value=0) if x_TN.dtype.itemsize > 2 else gather_rows(x_TN, index_R)
+def _order(part_TM: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Of rows that go to parts [T, M] (each to a part once, or nowhere: outside of 0..parts-1) the first, second, ... of each part
+    [T, parts], very large where a row does not go; and how many go to each."""
+    goes_TN = jnp.any(part_TM[..., None] == jnp.arange(parts), axis=1)
+    count_TN = jnp.cumsum(goes_TN, axis=0, dtype=jnp.int32)
+    return jnp.where(goes_TN, count_TN - 1, np.iinfo(np.int32).max // 2), count_TN[-1]
+
+
+def _take(bits: tuple[jax.Array, ...], plan: Plan, columns: int | None = None) -> jax.Array:
+    """Rows of matrices of unsigned integers, side by side; zeros for none. Those of float32 values run anywhere."""
+    plain = "reference" if bits[0].dtype.itemsize == 4 else None
+    return gather_rows(bits, plan.taken_R, columns=columns, implementation=plain)
 
 
 def _sum_of_copies(y_RD: jax.Array, plan: Plan) -> jax.Array:
@@ -156,20 +204,9 @@ def _sum_of_copies(y_RD: jax.Array, plan: Plan) -> jax.Array:
     return jnp.sum(copies_TMD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
-def _join(rows) -> jax.Array:
-    """Arrays [R, N] side by side, for one all-to-all (two would be started one after the other): as unsigned integers of the narrowest."""
-    if len(rows) == 1:
-        return rows[0]
-    joined = jnp.concatenate([_as_integers(x, min(x.dtype.itemsize for x in rows)) for x in rows], axis=1)
-    return jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % BLOCK)))  # as `gather_rows` has it best
-
-
-def _parts(joined: jax.Array, like) -> list[jax.Array]:
-    """The inverse of `_join`. like: arrays of such widths and dtypes."""
-    if len(like) == 1:
-        return [joined]
-    ends = np.cumsum([x.shape[1] * x.dtype.itemsize // joined.dtype.itemsize for x in like])
-    return [_from_integers(part, x.dtype) for part, x in zip(jnp.split(joined, ends, axis=1), like)]
+def _itemsize(dtype: np.dtype) -> int:
+    """Bytes of the integers that values travel as."""
+    return min(dtype.itemsize, 4)
 
 
 def _as_integers(x_TN: jax.Array, itemsize: int) -> jax.Array:
@@ -183,27 +220,57 @@ def _from_integers(x_TN: jax.Array, dtype) -> jax.Array:
     return lax.bitcast_convert_type(x_TN if ratio == 1 else x_TN.reshape(x_TN.shape[0], -1, ratio), dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _out(stage, plan, rows: Rows) -> Rows:
-    x_RD, small = stage.out(plan, rows.x_TD, rows.small)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _out(hop, layout: Layout, plan: Plan, rows: Rows) -> Rows:
+    bits = hop.out(plan, *rows.bits)
     # The zeros are made here: sending them would cost as much as sending the rows.
-    return Rows(x_RD, small, None if rows.gradient is None else jnp.zeros(x_RD.shape, rows.gradient.dtype))
+    return Rows((bits,), jnp.zeros((len(bits), layout.width), rows.gradient.dtype), layout.weights(bits))
 
 
-def _out_bwd(stage, plan, d: Rows):
-    gradient, small = stage.back(plan, d.x_TD if d.gradient is None else d.gradient, d.small)
-    return None, Rows(gradient, small, None) if d.gradient is None else Rows(None, small, gradient)
+_out.defvjp(
+    lambda hop, layout, plan, rows: (_out(hop, layout, plan, rows), plan),
+    lambda hop, layout, plan, d: (None, Rows(None, hop.back(plan, d.gradient), hop.back(plan, d.weights_TK))),
+)
 
 
-_out.defvjp(lambda stage, plan, rows: (_out(stage, plan, rows), plan), _out_bwd)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _to_experts(sort: Sort, layout: Layout, plan: Plan, bits: jax.Array, gradient: jax.Array) -> jax.Array | Activation:
+    """Rows as experts take them."""
+    values = _from_integers(_take((bits,), plan, layout.columns), layout.dtype)
+    if layout.dtype != E4M3:
+        return values
+    scales = layout.scales(bits).at[plan.taken_R].get(mode="fill", fill_value=0)
+    return Activation(Quantized.tiles(values, scales), jnp.zeros(values.shape, gradient.dtype))
+
+
+_to_experts.defvjp(
+    lambda sort, layout, plan, bits, gradient: (_to_experts(sort, layout, plan, bits, gradient), plan),
+    lambda sort, layout, plan, d: (None, None, sort.back(plan, d.gradient if isinstance(d, Activation) else d)),
+)
+
+
+@jax.custom_vjp
+def _weights_of_rows(weights_TM: jax.Array, choice_R: jax.Array, places_TM: jax.Array) -> jax.Array:
+    return weights_TM.reshape(-1).at[choice_R].get(mode="fill", fill_value=0)
+
+
+# Held apart: XLA would take the sums over whole rows, which the gradients are, into the gather, as a loop of one thread each.
+_weights_of_rows.defvjp(
+    lambda weights_TM, choice_R, places_TM: (_weights_of_rows(weights_TM, choice_R, places_TM), places_TM),
+    lambda places_TM, d_R: (lax.optimization_barrier(d_R).at[places_TM].get(mode="fill", fill_value=0), None, None),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _back(stage, plan, y_RD: jax.Array) -> jax.Array:
-    return stage.back(plan, y_RD)[0]
+def _back(stage, plan: Plan, y_RD: jax.Array) -> jax.Array:
+    return stage.back(plan, y_RD)
 
 
-_back.defvjp(lambda stage, plan, y_RD: (_back(stage, plan, y_RD), plan), lambda stage, plan, dy_TD: (None, stage.out(plan, dy_TD)[0]))
+def _back_bwd(stage, plan, dy_TD):
+    return None, _from_integers(stage.out(plan, _as_integers(dy_TD, _itemsize(dy_TD.dtype))), dy_TD.dtype)
+
+
+_back.defvjp(lambda stage, plan, y_RD: (_back(stage, plan, y_RD), plan), _back_bwd)
 
 
 def through(
@@ -211,28 +278,31 @@ def through(
 ) -> tuple[jax.Array, jax.Array]:
     """The exchange over those hops. sorted_room: rows for the experts of this device; None: as many as could ever come.
     num_experts: on all devices, where they are not those that the router scores (copies are more)."""
-    choices = routing.experts_TK.shape[1]
-    rows = _pack(experts.enter(x_TD), routing)
+    tokens, experts_TK, choices = experts.enter(x_TD), routing.experts_TK, routing.experts_TK.shape[1]
+    if isinstance(tokens, Activation):
+        values, scales, gradient = tokens.quantised.values, [tokens.quantised.scales()], tokens.gradient
+    else:
+        values, scales, gradient = tokens, [], tokens
+    layout = Layout(values.dtype, routing.weights_TK.dtype, values.shape[1], choices)
+    rows = Rows(layout.pack(values, routing.weights_TK, experts_TK, *scales), gradient, routing.weights_TK)
     # The experts that can be reached from here: all of them, then after each hop a share.
     first, count = 0, num_experts or routing.stats.load_E.size
     fill, trail = jnp.zeros((), jnp.float32), []
     for hop in hops:
+        experts_TK = layout.experts(rows.bits[0]) if trail else experts_TK
         count //= hop.devices
-        plan, fullest = hop.plan((_chosen(rows, choices) - first) // count)
-        rows = _out(hop, plan, rows)
+        plan, fullest = lax.optimization_barrier(hop.plan((experts_TK - first) // count))  # or XLA counts again for each element it moves
+        rows = _out(hop, layout, plan, rows)
         first = first + count * lax.axis_index(hop.axes)
         fill = jnp.maximum(fill, fullest)
         trail.append((hop, plan))
-    rows = rows._replace(**keep({"x_TD": rows.x_TD, "small": rows.small}, "dispatched"))
+    rows = rows._replace(**keep({"bits": rows.bits, "weights_TK": rows.weights_TK}, "dispatched"))
 
-    here_TK = _chosen(rows, choices) - first
-    here_TK = jnp.where((here_TK >= 0) & (here_TK < count), here_TK, count)
-    front_TK = jnp.argsort(here_TK, axis=1, stable=True)[:, : min(choices, count)]  # those that are here; there are no more of them
-    here_TK, weights_TK = (jnp.take_along_axis(x, front_TK, axis=1) for x in (here_TK, rows.small[:, :choices]))
-    sort = Sort(count, min(here_TK.size, sorted_room or here_TK.size))
-    plan, choice_R, group_sizes_E, fullest = sort.plan(here_TK)
-    sorted_rows = _out(sort, plan, rows._replace(small=rows.small[:, 2 * choices :]))
-    y_RD = experts(_unpack(sorted_rows), group_sizes_E, weights_TK.reshape(-1)[choice_R])
+    here_TM, weights_TM = _here(layout.experts(rows.bits[0]) - first, rows.weights_TK, count)
+    sort = Sort(count, min(here_TM.size, sorted_room or here_TM.size))
+    plan, choice_R, group_sizes_E, fullest = lax.optimization_barrier(sort.plan(here_TM))
+    weights_R = _weights_of_rows(weights_TM, choice_R, plan.places_TM)
+    y_RD = experts(_to_experts(sort, layout, plan, rows.bits[0], rows.gradient), group_sizes_E, weights_R)
 
     y_TD = _back(sort, plan, y_RD)
     for hop, plan in reversed(trail):
@@ -240,20 +310,9 @@ def through(
     return y_TD, jnp.maximum(fill, fullest)
 
 
-def _pack(tokens: jax.Array | Activation, routing: Routing) -> Rows:
-    """Along with a token go its routing weights [K], its experts + 1 [K] (zero rows then have none), and the scales of e4m3 values."""
-    small = [routing.weights_TK, routing.experts_TK.astype(jnp.float32) + 1]
-    if not isinstance(tokens, Activation):
-        return Rows(tokens, jnp.concatenate(small, axis=1), None)
-    values, scales = lax.stop_gradient((tokens.quantised.values, tokens.quantised.scales()))
-    return Rows(values, jnp.concatenate([*small, scales], axis=1), tokens.gradient)
-
-
-def _chosen(rows: Rows, choices: int) -> jax.Array:
-    return rows.small[:, choices : 2 * choices].astype(jnp.int32) - 1
-
-
-def _unpack(rows: Rows) -> jax.Array | Activation:
-    if rows.gradient is None:
-        return rows.x_TD
-    return Activation(Quantized.tiles(rows.x_TD, lax.stop_gradient(rows.small)), rows.gradient)
+def _here(expert_TK: jax.Array, weights_TK: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Of the experts that rows chose, those on this device, 0 to count-1 (count: none), with their weights: [T, min(K, count)]."""
+    if count >= expert_TK.shape[1]:
+        return jnp.where((expert_TK >= 0) & (expert_TK < count), expert_TK, count), weights_TK
+    is_TKE = expert_TK[..., None] == jnp.arange(count)
+    return jnp.where(jnp.any(is_TKE, axis=1), jnp.arange(count), count), jnp.sum(jnp.where(is_TKE, weights_TK[..., None], 0), axis=1)

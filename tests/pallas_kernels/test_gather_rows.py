@@ -12,7 +12,12 @@ import pallas_kernels as pk
 from pallas_kernels import aot
 from pallas_kernels.gather_rows import hopper, shapes
 
-INTERPRETED = functools.partial(hopper.gather_rows, interpret=plgpu.InterpretGPUParams())
+
+def INTERPRETED(x, index, columns=None):
+    parts = x if isinstance(x, tuple) else (x,)
+    return hopper.gather_rows(index, *parts, columns=columns, interpret=plgpu.InterpretGPUParams())
+
+
 ON_GPU = functools.partial(pk.gather_rows, implementation="hopper")
 
 
@@ -25,6 +30,20 @@ def test_rows_are_those_of_numpy(monkeypatch, gather, dtype):
     rng = np.random.default_rng(0)
     x, index = jnp.asarray(rng.standard_normal((20, 200)), dtype), rng.integers(0, 20, 45).astype(np.int32)
     np.testing.assert_array_equal(np.asarray(gather(x, jnp.asarray(index))), np.asarray(x)[index])
+
+
+@pytest.mark.parametrize(
+    "gather", [pk.gather_rows, INTERPRETED, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
+)
+def test_matrices_side_by_side_and_apart_again(monkeypatch, gather):
+    monkeypatch.setattr(hopper, "MOST_ROWS", 8)
+    rng = np.random.default_rng(0)
+    parts, index = [rng.integers(0, 256, (20, width), np.uint8) for width in (256, 72)], rng.integers(0, 20, 45).astype(np.int32)
+    joined = gather(tuple(map(jnp.asarray, parts)), jnp.asarray(index))
+    expected = np.concatenate([parts[0], np.pad(parts[1], ((0, 0), (0, 56)))], axis=1)[index]
+    np.testing.assert_array_equal(np.asarray(joined), expected)
+    again = index[::-1].copy() % 45
+    np.testing.assert_array_equal(np.asarray(gather(joined, jnp.asarray(again), columns=250)), expected[again][:, :250])
 
 
 @pytest.mark.parametrize("gather", [pk.gather_rows, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "gpu"])
@@ -48,6 +67,7 @@ def test_compiles(tokens, rows, width):
         (jnp.zeros((3, 4, 5)), jnp.zeros(2, jnp.int32), "x: expected"),
         (jnp.zeros((3, 4)), jnp.zeros(2), "index: expected int32"),
         (jnp.zeros((3, 4)), jnp.zeros((2, 2), jnp.int32), "index: expected int32"),
+        ((jnp.zeros((3, 4)), jnp.zeros((2, 4))), jnp.zeros(2, jnp.int32), r"x: expected float32 \[3, D\]"),
     ],
 )
 def test_bad_input(x, index, message):

@@ -111,8 +111,8 @@ def test_fp8_sends_tiles_and_gets_bfloat16_back():
     run = value_and_gradients(FP8_REFERENCE, sizes, exchange.over_mesh(CONFIG, sizes, 2.5))
     sent = re.findall(r":(\w+)\[\d+,(\d+)\] = all_to_all", str(jax.make_jaxpr(run)(*weights_and_tokens())))
     # Out: 128 codes of a byte with 4 weights, 4 experts and one scale of four, padded. Back: results. Their transposes: gradients out, then
-    # back, 128 of two bytes with the 9 of what went along, padded.
-    assert Counter(sent) == Counter({("u8", "256"): 1, ("bf16", "128"): 2, ("u16", "256"): 1})
+    # back, 128 of two bytes, and those of the weights.
+    assert Counter(sent) == Counter({("u8", "256"): 1, ("bf16", "128"): 2, ("u16", "128"): 1, ("f32", "4"): 1})
     found, fill = run(*weights_and_tokens())
     assert fill <= 1
     (y, dparams, dx), (y1, dparams1, dx1) = found, on_one_device(FP8_REFERENCE)
