@@ -48,7 +48,7 @@ class Sums(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """Values that wait, leaves [slots + 1, ...]; writes to nowhere go to the last slot. Both chunks share a ring."""
+    """Values that wait, leaves [slots, ...]. Both chunks share a ring. Of forward and backward one slot more, for writes to nowhere."""
 
     forward: jax.Array  # inputs of stages that have arrived
     backward: jax.Array  # cotangents of outputs that have arrived; at the last stage its own outputs, which wait for the loss
@@ -144,11 +144,11 @@ class Rank:
         self._stash = Pool(self.stages if table.stash_slots else (), [gradient.stash for gradient in gradients])
 
         def ring(slots, like):
-            return jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape), leaf.dtype), like)
+            return jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), like)
 
         rings = Rings(
-            forward=ring(sum(table.forward_slots), x_BSD),
-            backward=ring(sum(table.backward_slots), x_BSD),
+            forward=ring(sum(table.forward_slots) + 1, x_BSD),
+            backward=ring(sum(table.backward_slots) + 1, x_BSD),
             kept=ring(table.residual_slots, self._kept.like),
             stash=ring(table.stash_slots, self._stash.like),
         )
@@ -169,7 +169,8 @@ class Rank:
         for p, (arrived, cotangent) in enumerate(self._exchange(writes)):
             forward = _write(forward, row["keep_forward"][p], arrived)
             backward = _write(backward, row["keep_backward"][p], cotangent)
-        kept, stash = _write(rings.kept, row["f_residual"], writes.kept), _write(rings.stash, row["b_stash"], writes.stash)
+        kept = _write_if_any(rings.kept, row["f_residual"], self.table.residual_slots, writes.kept)
+        stash = _write_if_any(rings.stash, row["b_stash"], self.table.stash_slots, writes.stash)
         return Rings(forward, backward, kept, stash), sums
 
     def _exchange(self, writes: Writes) -> list[tuple[jax.Array, jax.Array]]:
@@ -201,7 +202,9 @@ class Rank:
         def run(reads: Reads, sums: Sums) -> tuple[Writes, Sums]:
             nothing = jnp.zeros_like(reads.x_BSD)
             y_BSD = dx_BSD = nothing
-            kept, stash = zeros(self._kept.like), zeros(self._stash.like)
+            # Where there is no forward, what has been read for a backward is returned: it is there, and zeros would have to be written.
+            waited = _read(*reads.kept) if "B" in name or "I" in name else None
+            kept, stash = zeros(self._kept.like) if waited is None else waited, zeros(self._stash.like)
             for letter, p in parts:
                 with jax.named_scope(f"{letter}{p}"):
                     if letter == "F":
@@ -210,7 +213,7 @@ class Rank:
                     elif letter == "W":
                         sums = self._add_weight_gradients(p, sums, self._stash.unpooled(p, _read(*reads.stash)))
                     else:
-                        dx_BSD, left, sums = self._backward(p, reads, sums)
+                        dx_BSD, left, sums = self._backward(p, reads, self._kept.unpooled(p, waited), sums)
                         if letter == "I":
                             stash = self._stash.pooled(p, left)
                         else:
@@ -230,13 +233,13 @@ class Rank:
             fill=jnp.max(jnp.stack([sums.fill, *(found.fill for found in stats)])),
         )
 
-    def _backward(self, p: int, reads: Reads, sums: Sums) -> tuple[jax.Array, tuple[Stash, ...], Sums]:
+    def _backward(self, p: int, reads: Reads, kept: tuple[Kept, ...], sums: Sums) -> tuple[jax.Array, tuple[Stash, ...], Sums]:
         """The gradient of a stage's input, and with it those of the small weights, of the output loss and of the embedding."""
         batch, dy_BSD = reads.b_batch, reads.dy_BSD
         if self.last[p] is not None:
             skip = lambda dy, batch, sums: (dy, sums)  # noqa: E731
             dy_BSD, sums = lax.cond(self.index == self.last[p], self._backward_of_loss, skip, dy_BSD, batch, sums)
-        gradient = self._backward_input(p, self._kept.unpooled(p, _read(*reads.kept)), dy_BSD, batch)
+        gradient = self._backward_input(p, kept, dy_BSD, batch)
         layers = tuple(total._replace(small=_add(total.small, small)) for total, small in zip(sums.layers[p], gradient.small, strict=True))
         sums = sums._replace(layers=_put(sums.layers, p, layers))
         if self.first[p] is not None:
@@ -276,7 +279,7 @@ class Rank:
 
 
 def _columns(table: Table) -> dict[str, np.ndarray]:
-    """The table's columns [ticks, ranks, ...] with places in rings of both chunks, nowhere being their last slot."""
+    """The table's columns [ticks, ranks, ...] with places in rings of both chunks, nowhere being one after the last."""
     chunk = np.arange(table.schedule.num_chunks)
     of_actions = np.array([[int(name[name.index(letter) + 1]) if letter in name else 0 for name in _letters(table)] for letter in "FB"])
     f_chunk, b_chunk = of_actions[:, table.action]
@@ -317,6 +320,11 @@ def _read(ring: Any, slot: jax.Array) -> Any:
 
 def _write(ring: Any, slot: jax.Array, value: Any) -> Any:
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), ring, value)
+
+
+def _write_if_any(ring: Any, slot: jax.Array, slots: int, value: Any) -> Any:
+    """`_write`, or nothing where the slot is not one of so many: a loop, which works in place, where a conditional would copy the ring."""
+    return lax.fori_loop(0, (slot < slots).astype(jnp.int32), lambda _, ring: _write(ring, slot, value), ring)
 
 
 def _add(total: Any, more: Any) -> Any:

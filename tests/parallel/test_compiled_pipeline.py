@@ -113,7 +113,7 @@ def test_no_copy_of_a_ring(computations):
     """In no branch, and not between ticks."""
     value = f"{ROWS},{LENGTH},{WIDTH}"
     inputs = [rf"bf16\[{n + 1},{value}\]" for n in (sum(TABLE.forward_slots), sum(TABLE.backward_slots))]
-    rings = inputs + [rf"\w+\[{n + 1},\d+,\d+\S*\]" for n in (TABLE.residual_slots, TABLE.stash_slots)]
+    rings = inputs + [rf"\w+\[{n},\d+,\d+\S*\]" for n in (TABLE.residual_slots, TABLE.stash_slots)]
     of_actions = branches(computations)
     [tick] = [name for name, body in computations.items() if any(of_actions["F0B1"] in line for line in body)]
     lines = inside(computations, tick)
