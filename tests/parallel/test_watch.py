@@ -77,7 +77,7 @@ def test_a_stuck_process_ends_the_run(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     small = "--model.vocab-size 300 --model.hidden-size 32 --model.num-hidden-layers 2 --sequence-length 32 --batch-size 4"
     options = f"tiny {small} --steps 50 --mesh data=2 --workdir {tmp_path / 'run'} --data.corpus {corpus} --max-wait 40".split()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # step 1 takes less than 40 s
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for 40 s
     command = [sys.executable, "-c", STUCK, *options, "--coordinator", address, "--num-processes", "2", "--process-id"]
     start = time.monotonic()
     started = [
