@@ -97,8 +97,7 @@ def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype):
         if not isinstance(x_TK, fp8.Activation):
             x_TK = fp8.quantise(x_TK.astype(recipe.compute_dtype), recipe, scales.input)
         return fp8.product(spec, x_TK, fp8_weight, group_sizes_E, tap, overflow)
-    if not (recipe.in_parts and x_TK.dtype == jnp.bfloat16):  # that is a part already
-        x_TK = x_TK.astype(recipe.compute_dtype)
+    x_TK = _operand(x_TK, recipe)
     return _product(x_TK, dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype)
 
 
@@ -115,9 +114,14 @@ def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
     return fp8.Product(recipe, scales, parts, width, master, out_dtype), w
 
 
+def _operand(x, recipe):
+    """In the compute dtype; what is in bfloat16 is a part already where a product goes in parts."""
+    return x if recipe.in_parts and x.dtype == jnp.bfloat16 else x.astype(recipe.compute_dtype)
+
+
 def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, *, transposed=True):
     """x wᵀ, or x w if not transposed; all leading axes of w (but the experts') belong to its rows."""
-    w = w.astype(recipe.compute_dtype)
+    w = _operand(w, recipe)
     if group_sizes_E is None:
         axes, w = "tk,nk->tn" if transposed else "tk,kn->tn", w.reshape(-1, w.shape[-1])
         with jax.named_scope("dense_product"):
