@@ -9,8 +9,10 @@ import pytest
 
 # Eight CPU devices for tests of meshes; the GPU interpreter needs a thread for every simulated warpgroup.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LLVM does the work of -O1, half of that of -O2, which is most of a compilation; what XLA itself does to a program stays.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 os.environ.setdefault("NPROC", "32")
 
 # On a CPU what one test compiled no other compiles again, in whatever process of this run it is. Nothing is kept for the next run.
@@ -46,13 +48,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_fast(request):
-    """Tests of these folders compile for longer than they compute: on a CPU half the time without XLA's optimisations.
+    """Most tests compile for longer than they compute: on a CPU half the time without LLVM's optimisations.
 
-    Those of `model` are not among them: the reference values are to be met by the programs that users run.
+    Those of `model` keep some, as the reference values are to be met by what users run; those of kernels, because they interpret them.
     """
     import jax  # now that the settings stand
 
-    fast = request.path.parent.name in ("hub", "serving", "training") and os.environ["JAX_PLATFORMS"] == "cpu"
+    fast = request.path.parent.name not in ("model", "pallas_kernels") and os.environ["JAX_PLATFORMS"] == "cpu"
     jax.config.update("jax_disable_most_optimizations", fast)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # for the commands that tests start
     yield
