@@ -4,7 +4,8 @@
     python -m dsv3_jax.serving.decode_bench moonlight_16b --precision bf16 --batch 64
 
 bfloat16, random weights, greedy, `grouped_mm` experts, PyTorch's attention. Sequences start in the middle of their answers on both sides:
-its cache, keys and values of all heads, is filled with noise, so that no prompt is timed.
+its cache (of latents, since version 5; every step makes keys and values of all heads of it) is filled with noise, so that no prompt is
+timed.
 """
 
 import argparse
@@ -38,11 +39,11 @@ def main() -> None:
         ).eval()
         cache = DynamicCache(config=theirs)
         for layer in range(config.num_hidden_layers):
-            key, value = (
-                torch.randn(options.batch, config.num_attention_heads, options.context, width, dtype=torch.bfloat16)
-                for width in (config.qk_head_dim, config.v_head_dim)
+            latent, rope_key = (
+                torch.randn(options.batch, 1, options.context, width, dtype=torch.bfloat16)
+                for width in (config.kv_lora_rank, config.qk_rope_head_dim)
             )
-            cache.update(key, value, layer)
+            cache.update(latent, rope_key, layer)
         prompts = torch.randint(0, config.vocab_size, (options.batch, options.context + 1))
 
         def generate(tokens):
