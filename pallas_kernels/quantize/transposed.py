@@ -143,6 +143,8 @@ def token_tiles(tokens, group_sizes):
     group = jnp.sum(position[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
     safe = jnp.minimum(group, groups - 1)
     offset = position - starts[safe]
-    first = jnp.where(group < groups, (ends - sizes)[safe] + offset, ends[-1] + position - starts[-1])
+    # There may be many spare tiles, and threads store the scales of all 128 rows of a tile, past the last row of x too.
+    spare = jnp.minimum(ends[-1] + position - starts[-1], tokens)
+    first = jnp.where(group < groups, (ends - sizes)[safe] + offset, spare)
     count = jnp.where(group < groups, jnp.clip(sizes[safe] - offset, 0, BLOCK), 0)
     return jnp.stack([first, count], axis=1)

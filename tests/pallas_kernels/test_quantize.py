@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as pk
 from pallas_kernels.quantize import hopper
+from pallas_kernels.quantize.transposed import rows_touched, token_tiles
 
 VECTORS = np.load(pathlib.Path(__file__).parents[1] / "data" / "fp8_vectors.npz", allow_pickle=False)
 ACTIVATIONS = sorted({key.split("/")[1] for key in VECTORS.files if key.startswith("act/")})
@@ -207,6 +208,17 @@ def test_rows_of_no_group_are_quantised_by_rows(find):
     np.testing.assert_array_equal(codes(rows), codes(pk.quantize_tiles(x)))
     np.testing.assert_array_equal(rows.scales(), pk.quantize_tiles(x).scales())
     assert not np.any(codes(by_tokens)[:, 3:128]) and not np.any(codes(by_tokens)[:, 128 + 130 :])
+
+
+@EVERY
+def test_tiles_without_tokens_touch_no_other_row(find):
+    """The result has room for fifteen empty groups, whose scales belong nowhere, least of all to the first rows of the next columns."""
+    x, sizes = jnp.asarray(np.random.default_rng(0).standard_normal((256, 256)), jnp.bfloat16), jnp.asarray([256] + [0] * 15, jnp.int32)
+    rows, by_tokens = find("quantize_both")(x, sizes)
+    np.testing.assert_array_equal(rows.scales(), pk.quantize_tiles(x).scales())
+    np.testing.assert_array_equal(codes(by_tokens)[:, :256], codes(pk.quantize_tiles(x.T)))
+    first, _ = token_tiles(256, sizes).T
+    assert np.all(first + 128 <= rows_touched(256, sizes))
 
 
 @EVERY
