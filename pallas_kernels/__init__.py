@@ -23,6 +23,7 @@ from pallas_kernels.quantize import (
     swiglu_quantize_both,
 )
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.scatter_rows import scatter_rows
 from pallas_kernels.wgrad import fp8_wgrad, grouped_fp8_wgrad
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "quantize_tiles",
     "requantize_transposed",
     "rmsnorm_quantize",
+    "scatter_rows",
     "swiglu_backward",
     "swiglu_quantize",
     "swiglu_quantize_both",
