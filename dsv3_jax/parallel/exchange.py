@@ -1,7 +1,7 @@
 """How tokens reach experts that lie on other devices, and come back: `model.moe.Exchange`s for use inside `shard_map`.
 
-An exchange is a row of stages: hops to the devices that hold a token's experts, then, on the spot, a row for each expert, sorted. A stage
-takes rows out and brings results back, summed; out and back are each other's transpose, so two custom VJPs serve all stages.
+An exchange is a row of hops to the devices that hold a token's experts, then, on the spot, a row for each expert, sorted. Each takes rows
+out and brings results back, summed; out and back are each other's transpose.
 
     one hop     over `expert`: a token travels once to each device that holds any of its experts
     two hops    over `node`, then `local`: a token crosses to each node once, and spreads there over faster links (report §3.2.2)
@@ -26,7 +26,7 @@ from dsv3_jax.model.moe import Exchange, Experts, Routing, exchange_locally
 from dsv3_jax.parallel import buffers
 from dsv3_jax.parallel.sharding import expert_axes
 from dsv3_jax.precision import Activation, keep
-from pallas_kernels import Quantized, gather_rows
+from pallas_kernels import Quantized, gather_rows, scatter_rows
 from pallas_kernels.quantized import BLOCK, E4M3, num_blocks
 
 
@@ -60,7 +60,7 @@ def gathered(sizes: Mapping[str, int]) -> Exchange:
 
 
 class Plan(NamedTuple):
-    """Where rows go in one stage. taken [R]: the row that each place takes, T for none; places [T, M]: where the copies of each row
+    """Where rows go in one hop. taken [R]: the row that each place takes, T for none; places [T, M]: where the copies of each row
     are, R for none."""
 
     taken_R: jax.Array
@@ -139,7 +139,7 @@ class Hop(NamedTuple):
         return lax.all_to_all(_take(bits, plan), self.axes, 0, 0, tiled=True)
 
     def back(self, plan: Plan, y_RD: jax.Array) -> jax.Array:
-        return _sum_of_copies(lax.all_to_all(y_RD, self.axes, 0, 0, tiled=True), plan)
+        return _sum_of_copies(lax.all_to_all(y_RD, self.axes, 0, 0, tiled=True), plan.places_TM)
 
 
 class Gather(NamedTuple):
@@ -159,30 +159,25 @@ class Gather(NamedTuple):
         return lax.psum_scatter(y_RD.astype(jnp.float32), self.axes, tiled=True).astype(y_RD.dtype)
 
 
-class Sort(NamedTuple):
-    """To rows sorted by expert, one for each of a token's experts that this device holds."""
+class Sorted(NamedTuple):
+    """Where rows go that are sorted by expert, one for each of a token's experts that this device holds. places [T, M]: of a token in those
+    rows (R: none); choice [R]: the flat (t, m) of a row (none: T·M); group_sizes [E]."""
 
-    num_experts: int
-    room: int
+    places_TM: jax.Array
+    choice_R: jax.Array
+    group_sizes_E: jax.Array
 
-    def plan(self, expert_TM: jax.Array) -> tuple[Plan, jax.Array, jax.Array, jax.Array]:
-        """The plan for experts [T, M] of this device (num_experts: none of them), the flat (t, m) of each row (none: T·M), group sizes
-        [E], fill."""
-        order_TE, load_E = _order(expert_TM, self.num_experts)
-        end_E = jnp.cumsum(load_E)
-        place_TE = jnp.minimum(order_TE + end_E - load_E, self.room)  # counted, where a sort by expert would be a dozen kernels
-        places_TM = jnp.take_along_axis(place_TE, expert_TM, axis=1, mode="fill", fill_value=self.room)
-        choice = jnp.arange(expert_TM.size, dtype=jnp.int32).reshape(expert_TM.shape)
-        choice_R = jnp.full((self.room,), expert_TM.size, jnp.int32).at[places_TM].set(choice, mode="drop")
-        fill = end_E[-1].astype(jnp.float32) / self.room
-        group_sizes_E = jnp.diff(jnp.minimum(end_E, self.room), prepend=0)  # a product never reads beyond its rows
-        return Plan(choice_R // expert_TM.shape[1], places_TM), choice_R, group_sizes_E, fill
 
-    def out(self, plan: Plan, *bits: jax.Array) -> jax.Array:
-        return _take(bits, plan)
-
-    def back(self, plan: Plan, y_RD: jax.Array) -> jax.Array:
-        return _sum_of_copies(y_RD, plan)
+def _sort(expert_TM: jax.Array, num_experts: int, room: int) -> tuple[Sorted, jax.Array]:
+    """By experts [T, M] of this device (num_experts: none of them) into so many rows, and the fill."""
+    order_TE, load_E = _order(expert_TM, num_experts)  # counted, where a sort would be a dozen kernels
+    end_E = jnp.cumsum(load_E)
+    place_TE = jnp.minimum(order_TE + end_E - load_E, room)
+    places_TM = jnp.take_along_axis(place_TE, expert_TM, axis=1, mode="fill", fill_value=room)
+    choice = jnp.arange(expert_TM.size, dtype=jnp.int32).reshape(expert_TM.shape)
+    choice_R = jnp.full((room,), expert_TM.size, jnp.int32).at[places_TM].set(choice, mode="drop")
+    group_sizes_E = jnp.diff(jnp.minimum(end_E, room), prepend=0)  # a product never reads beyond its rows
+    return Sorted(places_TM, choice_R, group_sizes_E), end_E[-1].astype(jnp.float32) / room
 
 
 def _order(part_TM: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
@@ -193,14 +188,24 @@ def _order(part_TM: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(goes_TN, count_TN - 1, np.iinfo(np.int32).max // 2), count_TN[-1]
 
 
-def _take(bits: tuple[jax.Array, ...], plan: Plan, columns: int | None = None) -> jax.Array:
-    """Rows of matrices of unsigned integers, side by side; zeros for none. Those of float32 values run anywhere."""
-    plain = "reference" if bits[0].dtype.itemsize == 4 else None
-    return gather_rows(bits, plan.taken_R, columns=columns, implementation=plain)
+def _take(bits: tuple[jax.Array, ...], plan: Plan) -> jax.Array:
+    """Rows of matrices of unsigned integers, side by side; zeros for none."""
+    return gather_rows(bits, plan.taken_R, implementation=_implementation(bits[0]))
 
 
-def _sum_of_copies(y_RD: jax.Array, plan: Plan) -> jax.Array:
-    copies_TMD = y_RD.at[plan.places_TM].get(mode="fill", fill_value=0)
+def _spread(bits: jax.Array, plan: Sorted, columns: int) -> jax.Array:
+    """Rows of unsigned integers to the rows of their experts; zeros behind those."""
+    filled, rows = jnp.sum(plan.group_sizes_E), plan.choice_R.size
+    return scatter_rows(bits, plan.places_TM, filled, rows=rows, columns=columns, implementation=_implementation(bits))
+
+
+def _implementation(bits: jax.Array) -> str | None:
+    """Values of float32 run anywhere."""
+    return "reference" if bits.dtype.itemsize == 4 else None
+
+
+def _sum_of_copies(y_RD: jax.Array, places_TM: jax.Array) -> jax.Array:
+    copies_TMD = y_RD.at[places_TM].get(mode="fill", fill_value=0)
     return jnp.sum(copies_TMD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
@@ -233,20 +238,34 @@ _out.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _to_experts(sort: Sort, layout: Layout, plan: Plan, bits: jax.Array, gradient: jax.Array) -> jax.Array | Activation:
-    """Rows as experts take them."""
-    values = _from_integers(_take((bits,), plan, layout.columns), layout.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _to_experts(layout: Layout, plan: Sorted, bits: jax.Array, gradient: jax.Array) -> jax.Array | Activation:
+    """Rows as experts take them. gradient: as in `Rows`."""
+    values = _from_integers(_spread(bits, plan, layout.columns), layout.dtype)
     if layout.dtype != E4M3:
         return values
-    scales = layout.scales(bits).at[plan.taken_R].get(mode="fill", fill_value=0)
+    scales = layout.scales(bits).at[plan.choice_R // plan.places_TM.shape[1]].get(mode="fill", fill_value=0)
     return Activation(Quantized.tiles(values, scales), jnp.zeros(values.shape, gradient.dtype))
 
 
 _to_experts.defvjp(
-    lambda sort, layout, plan, bits, gradient: (_to_experts(sort, layout, plan, bits, gradient), plan),
-    lambda sort, layout, plan, d: (None, None, sort.back(plan, d.gradient if isinstance(d, Activation) else d)),
+    lambda layout, plan, bits, gradient: (_to_experts(layout, plan, bits, gradient), plan.places_TM),
+    lambda layout, places_TM, d: (None, None, _sum_of_copies(d.gradient if isinstance(d, Activation) else d, places_TM)),
 )
+
+
+@jax.custom_vjp
+def _from_experts(plan: Sorted, y_RD: jax.Array) -> jax.Array:
+    """The sum of each row's experts on this device."""
+    return _sum_of_copies(y_RD, plan.places_TM)
+
+
+def _from_experts_bwd(plan, dy_TD):
+    bits = _as_integers(dy_TD, _itemsize(dy_TD.dtype))
+    return None, _from_integers(_spread(bits, plan, bits.shape[1]), dy_TD.dtype)
+
+
+_from_experts.defvjp(lambda plan, y_RD: (_from_experts(plan, y_RD), plan), _from_experts_bwd)
 
 
 @jax.custom_vjp
@@ -262,15 +281,15 @@ _weights_of_rows.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _back(stage, plan: Plan, y_RD: jax.Array) -> jax.Array:
-    return stage.back(plan, y_RD)
+def _back(hop, plan: Plan, y_RD: jax.Array) -> jax.Array:
+    return hop.back(plan, y_RD)
 
 
-def _back_bwd(stage, plan, dy_TD):
-    return None, _from_integers(stage.out(plan, _as_integers(dy_TD, _itemsize(dy_TD.dtype))), dy_TD.dtype)
+def _back_bwd(hop, plan, dy_TD):
+    return None, _from_integers(hop.out(plan, _as_integers(dy_TD, _itemsize(dy_TD.dtype))), dy_TD.dtype)
 
 
-_back.defvjp(lambda stage, plan, y_RD: (_back(stage, plan, y_RD), plan), _back_bwd)
+_back.defvjp(lambda hop, plan, y_RD: (_back(hop, plan, y_RD), plan), _back_bwd)
 
 
 def through(
@@ -299,12 +318,11 @@ def through(
     rows = rows._replace(**keep({"bits": rows.bits, "weights_TK": rows.weights_TK}, "dispatched"))
 
     here_TM, weights_TM = _here(layout.experts(rows.bits[0]) - first, rows.weights_TK, count)
-    sort = Sort(count, min(here_TM.size, sorted_room or here_TM.size))
-    plan, choice_R, group_sizes_E, fullest = lax.optimization_barrier(sort.plan(here_TM))
-    weights_R = _weights_of_rows(weights_TM, choice_R, plan.places_TM)
-    y_RD = experts(_to_experts(sort, layout, plan, rows.bits[0], rows.gradient), group_sizes_E, weights_R)
+    sort, fullest = lax.optimization_barrier(_sort(here_TM, count, min(here_TM.size, sorted_room or here_TM.size)))
+    weights_R = _weights_of_rows(weights_TM, sort.choice_R, sort.places_TM)
+    y_RD = experts(_to_experts(layout, sort, rows.bits[0], rows.gradient), sort.group_sizes_E, weights_R)
 
-    y_TD = _back(sort, plan, y_RD)
+    y_TD = _from_experts(sort, y_RD)
     for hop, plan in reversed(trail):
         y_TD = _back(hop, plan, y_TD)
     return y_TD, jnp.maximum(fill, fullest)

@@ -1,4 +1,4 @@
-"""Rows of matrices to where they belong, each read once: tokens to the rows of their experts.
+"""Rows of a matrix to where they belong, each read once: tokens to the rows of their experts.
 
 `gather_rows` would read a token once for each of its experts.
 """
@@ -10,20 +10,17 @@ from pallas_kernels.platform import dispatch
 from pallas_kernels.scatter_rows import hopper, reference
 
 
-def scatter_rows(sources, places, filled, *, rows: int, columns: int, implementation=None) -> jax.Array:
-    """sources: matrices [Ti, Di] of one dtype of 8, 16 or 32 bits, one below the other; places int32 [T, M], T the sum of Ti: up to M rows of
-    the result that each of their rows goes to (`rows`: none); filled int32 []: how many rows of the result get one, the first.
-    -> [rows, columns], of each source row the first columns; zeros from `filled` on.
+def scatter_rows(x, places, filled, *, rows: int, columns: int | None = None, implementation=None) -> jax.Array:
+    """x [T, D] of 8, 16 or 32 bits; places int32 [T, M]: up to M rows of the result that each row goes to (`rows`: none); filled int32 []:
+    how many rows of the result get one, the first. -> [rows, D], or only so many columns, the first; zeros from `filled` on.
 
     No row of the result may be in places twice, and none of the first `filled` be missing. Raises ValueError for other shapes or dtypes.
     """
-    sources = tuple(sources)
-    for x in sources:
-        good = getattr(x, "ndim", None) == 2 and x.dtype.itemsize in (1, 2, 4) and x.dtype == sources[0].dtype and x.shape[1] >= columns
-        checks.expect(good, "sources", x, f"matrices of at least {columns} columns, of one dtype of 8, 16 or 32 bits")
-    total = sum(map(len, sources))
-    ok = getattr(places, "ndim", None) == 2 and places.dtype == "int32" and len(places) == total
-    checks.expect(ok, "places", places, f"int32 [{total}, M]")
+    good = getattr(x, "ndim", None) == 2 and x.dtype.itemsize in (1, 2, 4) and all(x.shape)
+    checks.expect(good, "x", x, "[T, D] of 8, 16 or 32 bits")
+    ok = getattr(places, "ndim", None) == 2 and places.dtype == "int32" and len(places) == len(x) and places.size
+    checks.expect(ok, "places", places, f"int32 [{len(x)}, M]")
     checks.expect(getattr(filled, "shape", None) == () and filled.dtype == "int32", "filled", filled, "int32 []")
+    checks.expect(columns is None or 0 < columns <= x.shape[1], "columns", columns, f"1 to {x.shape[1]}")
     functions = {"hopper": hopper.scatter_rows, "reference": reference.scatter_rows}
-    return dispatch("scatter_rows", implementation, places, filled, *sources, rows=rows, columns=columns, **functions)
+    return dispatch("scatter_rows", implementation, x, places, filled, rows=rows, columns=columns or x.shape[1], **functions)
