@@ -5,9 +5,10 @@
     python -m dsv3_jax.parallel.bench overlap --num-sms 112        # V3's layers, forward and backward fused: communication that is hidden
 
 `exchange` quantises, permutes, sends, sorts by expert and brings the rows back; only rows that a token needs count, padding does not.
-`step` trains on the standard library's sources; losses of different meshes are comparable. `overlap` runs the pipeline's executor on one
-rank, whose steady state is fused forwards and backwards. Communication is what NCCL's kernels take; it is exposed while no other kernel
-runs on the device. With NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
+`step` trains on the standard library's sources; losses of different meshes are comparable. A fresh router is far from balance, and buffers
+are large for it: `--settle 45 --size 1.26` measures what comes after the first hundred steps of a run. `overlap` runs the pipeline's
+executor on one rank, whose steady state is fused forwards and backwards. Communication is what NCCL's kernels take; it is exposed while no
+other kernel runs on the device. With NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,12 +253,19 @@ def step(options) -> Callable[[], None]:
     scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
     start = time.perf_counter()
     init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
-    compiled = _compile(trainer.jitted(options.size).lower(state, batch, scheduled), options)
+    sizes = [options.size] + [buffers.START] * bool(options.settle)
+    lowered = [trainer.jitted(size).lower(state, batch, scheduled) for size in sizes]
+    with ThreadPoolExecutor(2) as pool:
+        compiled, *settling = pool.map(lambda one: _compile(one, options), lowered)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
 
     def measure():
         state, losses, fills = init(key), [], []
-        place = lambda i: {"tokens": jax.device_put(batches[i], trainer.batch_sharding)}  # noqa: E731
+        place = lambda i: {"tokens": jax.device_put(batches[i % len(batches)], trainer.batch_sharding)}  # noqa: E731
+        for i in range(options.settle):
+            state, metrics = settling[0](state, place(i), Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
+        if options.settle:
+            print(f"settled: fill {float(metrics['fill']):.2f} of buffers of {buffers.START}", flush=True)
         for i in range(options.steps):
             if i == 2:
                 jax.block_until_ready(state)
@@ -389,6 +398,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--schedule", default="dualpipev", choices=KINDS)
     group.add_argument("--steps", type=int, default=10)
     group.add_argument("--learning-rate", type=float, default=3e-4)
+    group.add_argument("--settle", type=int, default=0, help="steps before, with first buffers; only the router's bias learns")
     group = parser.add_argument_group("overlap")
     group.add_argument("--num-sms", type=int, help="for products; all by default")
     group.add_argument("--layers", type=int, default=4)
