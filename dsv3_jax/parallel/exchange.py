@@ -195,7 +195,7 @@ def _take(bits: tuple[jax.Array, ...], plan: Plan) -> jax.Array:
 
 def _spread(bits: jax.Array, plan: Sorted, columns: int) -> jax.Array:
     """Rows of unsigned integers to the rows of their experts; zeros behind those."""
-    filled, rows = jnp.sum(plan.group_sizes_E), plan.choice_R.size
+    filled, rows = jnp.sum(plan.group_sizes_E, dtype=jnp.int32), plan.choice_R.size
     return scatter_rows(bits, plan.places_TM, filled, rows=rows, columns=columns, implementation=_implementation(bits))
 
 
