@@ -76,8 +76,8 @@ def test_a_stuck_process_ends_the_run(tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     small = "--model.vocab-size 300 --model.hidden-size 32 --model.num-hidden-layers 2 --sequence-length 32 --batch-size 4"
-    options = f"tiny {small} --steps 50 --mesh data=2 --workdir {tmp_path / 'run'} --data.corpus {corpus} --max-wait 40".split()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for 40 s
+    options = f"tiny {small} --steps 50 --mesh data=2 --workdir {tmp_path / 'run'} --data.corpus {corpus} --max-wait 100".split()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", STUCK, *options, "--coordinator", address, "--num-processes", "2", "--process-id"]
     start = time.monotonic()
     started = [
@@ -85,14 +85,14 @@ def test_a_stuck_process_ends_the_run(tmp_path):
         for i in range(2)
     ]
     try:
-        (_, error), _ = [process.communicate(timeout=300) for process in started]
+        (_, error), _ = [process.communicate(timeout=500) for process in started]
     finally:
         for process in started:
             process.kill()
     found = re.search(
-        r"error: process 0 \(data=0, .*\) waited 40 s in .*: process 1 \(data=1, .*\) was last seen after the meeting after step 2, .*",
+        r"error: process 0 \(data=0, .*\) waited 10[0-9] s in .*: process 1 \(data=1, .*\) was last seen after the meeting after step 2, .*",
         error,
     )
     assert found and started[0].returncode == watch.STATUS, error[-3000:]
     assert started[1].returncode != 0  # its heartbeat misses the first process
-    assert time.monotonic() - start < 200
+    assert time.monotonic() - start < 500
