@@ -100,9 +100,10 @@ def test_products_run_while_tokens_travel(computations, action):
     started, hidden, total = {}, 0, 0
     body = computations[branches(computations)[action]]
     for i, line in enumerate(body):
-        if found := re.match(r"%?([\w.-]+) = .* all-to-all-start\(", line):
+        # Those of rows; the gradients of the routing weights, a thousandth of their bytes, have one of their own.
+        if found := re.match(r"%?([\w.-]+) = \(\((?:bf16|u16)\[.* all-to-all-start\(", line):
             started[found[1]] = i
-        elif found := re.search(r" all-to-all-done\(.*?%?([\w.-]+)\)", line):
+        elif (found := re.search(r" all-to-all-done\(.*?%?([\w.-]+)\)", line)) and found[1] in started:
             total += 1
             hidden += any(is_product(computations, between) for between in body[started[found[1]] + 1 : i])
     assert total >= 4 and hidden >= 0.75 * total, (hidden, total)
