@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.precision.curves run --precision bf16 --seeds 0 1 2 --corpus DIR ... --output curves
     python -m dsv3_jax.precision.curves run --precision fp8 --seeds 0 --corpus DIR ... --output curves --study 6
-    python -m dsv3_jax.precision.curves compare curves --plot docs/images/fp8_loss.svg
+    python -m dsv3_jax.precision.curves compare curves --plot docs/fp8_loss.svg
 
 All runs take the same rows in the same order; a seed draws the weights. Smoothed: the mean of the last WINDOW steps. `--study`: after a
 run, the errors of its products on that many batches of held-out rows (precision/study.py).
