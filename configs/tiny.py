@@ -2,7 +2,7 @@
 
     python train.py
 
-Expected: 1.70 bits per byte on held-out files where gzip -9 takes 2.09, in less than 6 minutes on two cores (docs/benchmarks.md).
+Expected: 1.80 bits per byte on held-out files where gzip -9 takes 2.09, in some 5 minutes on two cores (docs/benchmarks.md).
 """
 
 from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -13,7 +13,7 @@ from pallas_kernels import aot
 from pallas_kernels.gather_rows import hopper, shapes
 
 
-def INTERPRETED(x, index, columns=None):
+def interpreted(x, index, columns=None):
     parts = x if isinstance(x, tuple) else (x,)
     return hopper.gather_rows(index, *parts, columns=columns, interpret=plgpu.InterpretGPUParams())
 
@@ -23,7 +23,7 @@ ON_GPU = functools.partial(pk.gather_rows, implementation="hopper")
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
-    "gather", [pk.gather_rows, INTERPRETED, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
+    "gather", [pk.gather_rows, interpreted, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
 )
 def test_rows_are_those_of_numpy(monkeypatch, gather, dtype):
     monkeypatch.setattr(hopper, "MOST_ROWS", 8)
@@ -33,7 +33,7 @@ def test_rows_are_those_of_numpy(monkeypatch, gather, dtype):
 
 
 @pytest.mark.parametrize(
-    "gather", [pk.gather_rows, INTERPRETED, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
+    "gather", [pk.gather_rows, interpreted, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
 )
 def test_matrices_side_by_side_and_apart_again(monkeypatch, gather):
     monkeypatch.setattr(hopper, "MOST_ROWS", 8)
