@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model.fused_attention import causal_attention, merge, partial_attention
+from tests import draw
 
 SCALE = 0.2
 WIDTHS = (24, 16)  # of keys and of values, which are narrower, as in MLA
 
 
 def operands(length, seed=0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = [(2, length, 3, width) for width in (WIDTHS[0], WIDTHS[0], WIDTHS[1], WIDTHS[1])]
-    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)]
+    rng = np.random.default_rng(seed)
+    return [draw.normal(rng, 2, length, 3, width).astype(dtype) for width in (WIDTHS[0], WIDTHS[0], WIDTHS[1], WIDTHS[1])]
 
 
 def exact(q, k, v, seen_BST):
@@ -37,7 +37,14 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 6,
 @pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-7)])
 def test_output_and_gradients(dtype, bound, segments):
     q, k, v, d_out = operands(10, dtype=dtype)
-    ours, vjp = jax.vjp(lambda q, k, v: causal_attention(q, k, v, SCALE, None if segments is None else jnp.asarray(segments)), q, k, v)
+    masks = None if segments is None else jnp.asarray(segments)
+
+    @jax.jit
+    def passes(q, k, v, d_out):
+        out, vjp = jax.vjp(lambda *qkv: causal_attention(*qkv, SCALE, masks), q, k, v)
+        return out, vjp(d_out)
+
+    ours, gradients = jax.device_get(passes(q, k, v, d_out))
     seen = causal(10, segments)
     assert np.abs(ours - exact(q, k, v, seen)).max() < bound * np.abs(ours).max() * 2
 
@@ -46,9 +53,9 @@ def test_output_and_gradients(dtype, bound, segments):
         return jnp.einsum("bhst,bthv->bshv", jax.nn.softmax(scores, axis=-1), v)
 
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x).astype(np.float64)) for x in (q, k, v, d_out)]
-        expected = jax.vjp(plain, *wide[:3])[1](wide[3])
-    for gradient, reference in zip(vjp(d_out), expected):
+        wide = [x.astype(np.float64) for x in (q, k, v, d_out)]
+        expected = jax.jit(lambda *qkv_d: jax.vjp(plain, *qkv_d[:3])[1](qkv_d[3]))(*wide)
+    for gradient, reference in zip(gradients, expected):
         assert gradient.dtype == dtype
         assert np.linalg.norm(np.asarray(gradient, np.float64) - reference) < 2 * bound * np.linalg.norm(reference)
 
@@ -56,7 +63,7 @@ def test_output_and_gradients(dtype, bound, segments):
 def after_prefix(q, k, v, before_k, before_v, prefix_lengths):
     """A chunk over what comes before it and over itself, merged."""
     size = q.shape[1]
-    seen = jnp.arange(before_k.shape[1]) < jnp.array(prefix_lengths)[:, None, None]
+    seen = jnp.arange(before_k.shape[1]) < prefix_lengths[:, None, None]
     before = partial_attention(q, before_k, before_v, jnp.broadcast_to(seen, (len(q), size, before_k.shape[1])), SCALE)
     within = partial_attention(q, k, v, jnp.broadcast_to(jnp.tril(jnp.ones((size, size), bool)), (len(q), size, size)), SCALE)
     return merge(before, within)[0].astype(v.dtype)
@@ -66,7 +73,7 @@ def after_prefix(q, k, v, before_k, before_v, prefix_lengths):
 def test_a_chunk_after_a_prefix_is_the_end_of_the_whole_row(prefix_lengths):
     q, k, v, _ = operands(12)
     before_k, before_v = operands(7, seed=1)[1:3]
-    ours = after_prefix(q, k, v, before_k, before_v, prefix_lengths)
+    ours = jax.jit(after_prefix)(q, k, v, before_k, before_v, np.array(prefix_lengths))
     for row, length in enumerate(prefix_lengths):
         keys = np.concatenate([before_k[row, :length], k[row]])[None]
         values = np.concatenate([before_v[row, :length], v[row]])[None]
@@ -104,7 +111,7 @@ def test_cudnn_on_the_gpu_against_float32(masked):
         out, vjp = jax.vjp(lambda *qkv: causal_attention(*qkv, SCALE, segments), *qkv)
         return out, *vjp(d_out.astype(out.dtype))
 
-    for function in (passes, lambda q, k, v: (after_prefix(q, k, v, k[:, :300], v[:, :300], [300, 0]),)):
+    for function in (passes, lambda q, k, v: (after_prefix(q, k, v, k[:, :300], v[:, :300], np.array([300, 0])),)):
         ours = jax.jit(function)(q, k, v)
         for x, reference in zip(ours, jax.jit(function)(*(x.astype(jnp.float32) for x in (q, k, v)))):
             assert jnp.linalg.norm(x.astype(jnp.float32) - reference) < 6e-3 * jnp.linalg.norm(reference)

@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import module, moe
 from dsv3_jax.parallel import exchange, sharding
 from dsv3_jax.precision import FLOAT32, FP8_REFERENCE
+from tests import draw
 
 CONFIG = ModelConfig(
     hidden_size=128,
@@ -25,6 +26,7 @@ CONFIG = ModelConfig(
     n_shared_experts=0,
     initializer_range=0.1,
 )
+SHAPES = jax.eval_shape(lambda: module.init(lambda rngs: moe.MoE(CONFIG, FLOAT32, rngs), jax.random.key(0)))
 MESHES = {
     "expert=2": {"expert": 2},
     "expert=4": {"expert": 4},
@@ -34,10 +36,9 @@ MESHES = {
 
 
 def weights_and_tokens(skew=0.0):
-    params = module.init(lambda rngs: moe.MoE(CONFIG, FLOAT32, rngs), jax.random.key(0))
-    params["gate"]["e_score_correction_bias"] = skew * jnp.arange(16.0)[::-1]
-    x = jax.random.normal(jax.random.key(1), (8, 8, 128))
-    return params, x, jax.random.normal(jax.random.key(2), x.shape)
+    params = draw.values(SHAPES, CONFIG.initializer_range)
+    params["gate"]["e_score_correction_bias"] = np.float32(skew) * np.arange(16, dtype=np.float32)[::-1]
+    return params, draw.normal(1, 8, 8, 128), draw.normal(2, 8, 8, 128)
 
 
 def value_and_gradients(recipe, sizes=None, make=moe.exchange_locally):
@@ -75,7 +76,7 @@ def on_one_device(recipe, skew=0.0):
 
 def assert_same(found, expected, tolerance):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.max(jnp.abs(b))), rtol=0)
+        np.testing.assert_allclose(a, b, atol=tolerance * float(np.max(np.abs(b))), rtol=0)
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("expert=2", marks=pytest.mark.slow), "expert=4", "expert=4x2"])

@@ -10,6 +10,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import module, moe
 from dsv3_jax.parallel import eplb, replicas
 from dsv3_jax.precision import FLOAT32
+from tests import draw
 
 CONFIG = ModelConfig(
     hidden_size=64,
@@ -21,6 +22,7 @@ CONFIG = ModelConfig(
     n_shared_experts=0,
     initializer_range=0.1,
 )
+SHAPES = jax.eval_shape(lambda: module.init(lambda rngs: moe.MoE(CONFIG, FLOAT32, rngs), jax.random.key(0)))
 
 
 def mesh_of(devices):
@@ -53,12 +55,12 @@ def run(params, x, used, mesh=None, plan=None):
 def test_what_the_copies_compute_is_what_one_device_computes(monkeypatch, always, skew):
     """Every fourth token is padding: it is not counted, and its output is zero."""
     monkeypatch.setattr(replicas, "_ALWAYS", always)
-    params = module.init(lambda rngs: moe.MoE(CONFIG, FLOAT32, rngs), jax.random.key(0))
-    params["gate"]["e_score_correction_bias"] = skew * jnp.arange(8.0)[::-1]
-    x = jax.random.normal(jax.random.key(1), (16, 32, 64))
-    used = jnp.arange(16 * 32).reshape(16, 32) % 4 > 0
-    expected, load = run(params, x, used)
-    assert float(load.sum()) == 2 * 0.75 * 16 * 32 and not np.asarray(expected[~used]).any()
+    params = draw.values(SHAPES, CONFIG.initializer_range)
+    params["gate"]["e_score_correction_bias"] = np.float32(skew) * np.arange(8, dtype=np.float32)[::-1]
+    x = draw.normal(1, 16, 32, 64)
+    used = np.arange(16 * 32).reshape(16, 32) % 4 > 0
+    expected, load = jax.device_get(run(params, x, used))
+    assert load.sum() == 2 * 0.75 * 16 * 32 and not expected[~used].any()
     plan, _, _ = eplb.rebalance_experts(np.arange(1, 9.0)[None] ** 2, 12, 1, 1, 4)
     found, counted = run(params, x, used, mesh_of(4), plan[0])
     np.testing.assert_allclose(found, expected, atol=1e-6)
