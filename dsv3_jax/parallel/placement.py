@@ -1,8 +1,8 @@
 """Which layers a pipeline rank holds, and the way between canonical parameters [L, ...], in shards, and what the ranks hold.
 
-The layers are dealt out in order so that ranks have equally much to do; the head and the MTP module, with the last stage, count as the
-layers that they cost. All ranks run one program, so a chunk is a row of slots that are the same everywhere: first slots for dense layers,
-then slots for MoE layers, as many as any rank needs. A slot that a rank has no layer for passes its input on.
+The layers are dealt out in order so that ranks have equally much to do at the same time. All ranks run one program, so a chunk is a row of
+slots that are the same everywhere: first slots for dense layers, then slots for MoE layers, as many as any rank needs. A slot that a rank
+has no layer for passes its input on.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from jax import lax
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.schedule import Schedule
+from dsv3_jax.parallel.schedule import Schedule, parts, simulate
 from dsv3_jax.parallel.spread import gather, reduce
 
 NONE = -1
@@ -42,7 +42,7 @@ def place(config: ModelConfig, schedule: Schedule) -> Chunks:
             f"{schedule.kind} on pipe={schedule.num_ranks} has {stages} stages and the model only {layers} layers: "
             + (f"use pipe={fits} or less" if fits else "use a schedule with one chunk of layers on a rank, such as zb1p")
         )
-    ends = np.cumsum(_layers_of_stages(config, schedule))
+    ends = np.cumsum(_layers_of_stages(layers, schedule))
 
     def held(rank, p, stack):
         end = ends[stage := schedule.stage(rank, p)]
@@ -61,29 +61,27 @@ def place(config: ModelConfig, schedule: Schedule) -> Chunks:
     return tuple(chunks)
 
 
-def _layers_of_stages(config: ModelConfig, schedule: Schedule) -> list[int]:
-    """How many layers each stage has: one, and each further layer goes to where the busiest rank that gets it has least to do."""
-    held = [[schedule.stage(rank, p) for p in range(schedule.num_chunks)] for rank in range(schedule.num_ranks)]
-    counts, after = [1] * schedule.num_stages, _layers_that_outputs_cost(config)
-
-    def busiest(stage):
-        loads = (sum(counts[s] + after * (s == schedule.num_stages - 1) for s in stages) for stages in held if stage in stages)
-        return max(loads), counts[stage], stage
-
-    for _ in range(config.num_hidden_layers - schedule.num_stages):
-        counts[min(range(schedule.num_stages), key=busiest)] += 1
-    return counts
+def _layers_of_stages(num_layers: int, schedule: Schedule) -> list[int]:
+    """How many layers each stage has: one, and each further layer goes to where it makes a step in lockstep longest by least."""
+    work, counts = _work(schedule), np.ones(schedule.num_stages, int)
+    for _ in range(num_layers - len(counts)):
+        added = counts + np.eye(len(counts), dtype=int)
+        seconds = [np.max(work @ option, axis=1).sum() for option in added]
+        counts = added[min(range(len(counts)), key=lambda stage: (seconds[stage], counts[stage], stage))]
+    return counts.tolist()
 
 
-def _layers_that_outputs_cost(config: ModelConfig) -> float:
-    """The head, and the MTP module with its own, as a number of layers, by the weights that a token meets."""
-    c, d = config, config.hidden_size
-    queries = c.num_attention_heads * c.qk_head_dim
-    attention = d * queries if c.q_lora_rank is None else c.q_lora_rank * (d + queries)
-    attention += d * c.latent_dim + c.num_attention_heads * (c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim) + c.v_head_dim * d)
-    experts = c.num_experts_per_tok + c.n_shared_experts
-    layer = attention + 3 * d * (experts * c.moe_intermediate_size if c.num_moe_layers else c.intermediate_size)
-    return (c.vocab_size * d + c.num_nextn_predict_layers * (c.vocab_size * d + 2 * d * d + layer)) / layer
+def _work(schedule: Schedule) -> np.ndarray:
+    """[ticks, ranks, stages]: passes through the layers of a stage that a rank does in a tick. The gradients of inputs and of weights take
+    as long as a forward each; the output loss is work of all ranks alike."""
+    costs = {"F": 1, "I": 1, "W": 1, "B": 2}
+    lockstep = simulate(schedule, dict.fromkeys((*costs, "FB"), 1))
+    work = np.zeros((lockstep.makespan, schedule.num_ranks, schedule.num_stages))
+    for rank, (actions, ticks) in enumerate(zip(schedule.actions, lockstep.starts)):
+        for action, tick in zip(actions, ticks):
+            for name, p, _ in parts(action):
+                work[tick, rank, schedule.stage(rank, p)] += costs[name]
+    return work
 
 
 def to_rank(stacks: dict, splits: dict, chunks: Chunks, rank: jax.Array) -> tuple[tuple[Any, ...], ...]:

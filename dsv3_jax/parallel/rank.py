@@ -1,10 +1,13 @@
 """One pipeline rank at work, inside `shard_map`: the scan over the ticks of a schedule's table.
 
     read what waits in the rings -> switch on the action -> write what it left -> exchange with the neighbours -> write what arrived
+    after a forward of the last stage: the output loss and its gradient, by all ranks together
 
 The collectives of the experts run inside the switch: devices at the same place of `pipe` do the same, so all members of their groups
 meet. Those over `pipe` stay outside, since neighbours do different things. Rings are written outside as well: carried through the branches
 they would be copied whole. The large ones are read inside, by the actions that need them.
+
+In lockstep all ranks would wait for the one that has the head and the MTP module, which cost several layers: so each takes its share.
 """
 
 from collections.abc import Callable
@@ -20,8 +23,9 @@ from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.parallel.schedule_table import NONE, Table
 from dsv3_jax.parallel.stage import InputGradient, Kept, Stage, Stash, Weights, zeros
 
-# (parameters outside the stacks, hidden [B, S, D] after the last layer, microbatch, arguments) -> (loss, (terms, fill)).
-OutputLoss = Callable[[dict, jax.Array, dict, Any], tuple[jax.Array, tuple[dict, jax.Array]]]
+# (parameters outside the stacks, hidden [B, S, D] after the last layer, microbatch, arguments, axis) -> (loss, (terms, fill)): sums over
+# rows, which may be some of a microbatch's. axis: of devices that have been given the same rows; the sum is the mean of what they return.
+OutputLoss = Callable[[dict, jax.Array, dict, Any, str | None], tuple[jax.Array, tuple[dict, jax.Array]]]
 
 
 class Objective(NamedTuple):
@@ -51,7 +55,7 @@ class Rings(NamedTuple):
     """Values that wait, leaves [slots, ...]. Both chunks share a ring. Of forward and backward one slot more, for writes to nowhere."""
 
     forward: jax.Array  # inputs of stages that have arrived
-    backward: jax.Array  # cotangents of outputs that have arrived; at the last stage its own outputs, which wait for the loss
+    backward: jax.Array  # cotangents of outputs that have arrived; at the last stage those of the output loss
     kept: Any  # by stages whose backward is to come
     stash: Any  # operands of weight gradients
 
@@ -60,7 +64,7 @@ class Reads(NamedTuple):
     """What an action works with."""
 
     x_BSD: jax.Array  # input of the forward
-    dy_BSD: jax.Array  # cotangent, or at the last stage the output itself
+    dy_BSD: jax.Array  # cotangent
     kept: "Place"
     stash: "Place"
     f_batch: dict
@@ -128,8 +132,18 @@ class Rank:
         rings, sums = self._start()
         branches = [self._branch(name) for name in self.table.actions]
         columns = {name: jnp.asarray(column)[:, self.index] for name, column in _columns(self.table).items()}
+        columns["loss_microbatch"] = jnp.asarray(self._loss_microbatches())
         (_, sums), _ = lax.scan(lambda carry, row: (self._tick(branches, *carry, row), None), (rings, sums), columns)
         return sums
+
+    def _loss_microbatches(self) -> np.ndarray:
+        """int32 [ticks, chunks]: the microbatch whose forward ends at the last stage of the chunk, or NONE."""
+        table, ends = self.table, np.full((self.table.num_ticks, len(self.stages)), NONE, np.int32)
+        for p, last in enumerate(self.last):
+            if last is not None:
+                runs = np.array([f"F{p}" in name for name in table.actions])[table.action[:, last]]
+                ends[runs, p] = table.f_microbatch[runs, last]
+        return ends
 
     def _start(self) -> tuple[Rings, Sums]:
         """Empty rings and sums."""
@@ -164,17 +178,22 @@ class Rank:
         kept, stash = Place(rings.kept, row["b_residual"]), Place(rings.stash, row["w_stash"])
         reads = Reads(x_BSD, _read(rings.backward, row["b_input"]), kept, stash, f_batch, b_batch)
         writes, sums = lax.switch(row["action"], branches, reads, sums)
+        of_loss = []
+        for p, last in enumerate(self.last):
+            dy_BSD, sums = (None, sums) if last is None else self._loss(p, row["loss_microbatch"][p], writes.y_BSD, sums)
+            of_loss.append(dy_BSD)
 
         forward, backward = rings.forward, rings.backward
-        for p, (arrived, cotangent) in enumerate(self._exchange(writes)):
+        for p, (arrived, cotangent) in enumerate(self._exchange(writes, of_loss)):
             forward = _write(forward, row["keep_forward"][p], arrived)
             backward = _write(backward, row["keep_backward"][p], cotangent)
         kept = _write_if_any(rings.kept, row["f_residual"], self.table.residual_slots, writes.kept)
         stash = _write_if_any(rings.stash, row["b_stash"], self.table.stash_slots, writes.stash)
         return Rings(forward, backward, kept, stash), sums
 
-    def _exchange(self, writes: Writes) -> list[tuple[jax.Array, jax.Array]]:
-        """For each chunk the input of its forward and the cotangent of its output that come from where the schedule says."""
+    def _exchange(self, writes: Writes, of_loss: list[jax.Array | None]) -> list[tuple[jax.Array, jax.Array]]:
+        """For each chunk the input of its forward and the cotangent of its output that come from where the schedule says. of_loss: for
+        each chunk the cotangent from the output loss."""
         y, dx = writes.y_BSD, writes.dx_BSD
         ranks = self.table.schedule.num_ranks
         down, up = [(r, r + 1) for r in range(ranks - 1)], [(r + 1, r) for r in range(ranks - 1)]
@@ -189,7 +208,7 @@ class Rank:
             return otherwise if rank is None else jnp.where(self.index == rank, value, otherwise)
 
         return [
-            (own(self.turns_down[p], y, x), own(self.last[p], y, own(self.turns_up[p], dx, cotangent)))
+            (own(self.turns_down[p], y, x), own(self.last[p], of_loss[p], own(self.turns_up[p], dx, cotangent)))
             for p, (x, cotangent) in enumerate(arrived)
         ]
 
@@ -234,12 +253,9 @@ class Rank:
         )
 
     def _backward(self, p: int, reads: Reads, kept: tuple[Kept, ...], sums: Sums) -> tuple[jax.Array, tuple[Stash, ...], Sums]:
-        """The gradient of a stage's input, and with it those of the small weights, of the output loss and of the embedding."""
-        batch, dy_BSD = reads.b_batch, reads.dy_BSD
-        if self.last[p] is not None:
-            skip = lambda dy, batch, sums: (dy, sums)  # noqa: E731
-            dy_BSD, sums = lax.cond(self.index == self.last[p], self._backward_of_loss, skip, dy_BSD, batch, sums)
-        gradient = self._backward_input(p, kept, dy_BSD, batch)
+        """The gradient of a stage's input, and with it those of the small weights and of the embedding."""
+        batch = reads.b_batch
+        gradient = self._backward_input(p, kept, reads.dy_BSD, batch)
         layers = tuple(total._replace(small=_add(total.small, small)) for total, small in zip(sums.layers[p], gradient.small, strict=True))
         sums = sums._replace(layers=_put(sums.layers, p, layers))
         if self.first[p] is not None:
@@ -249,16 +265,39 @@ class Rank:
             sums = sums._replace(shared={**sums.shared, "embed": embed})
         return gradient.dx_BSD, gradient.stash, sums
 
-    def _backward_of_loss(self, hidden_BSD: jax.Array, batch: dict, sums: Sums) -> tuple[jax.Array, Sums]:
-        run = jax.value_and_grad(self._output_loss, argnums=(0, 1), has_aux=True)
-        (loss, (terms, fill)), (d_shared, dy_BSD) = run(self.shared, hidden_BSD, batch)
-        sums = sums._replace(
-            shared=_add(sums.shared, d_shared), loss=sums.loss + loss, terms=_add(sums.terms, terms), fill=jnp.maximum(sums.fill, fill)
-        )
-        return dy_BSD, sums
+    def _loss(self, p: int, microbatch: jax.Array, y_BSD: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
+        """The output loss of what the last stage of chunk p has just made of a microbatch (NONE: zeros), and its cotangent there.
 
-    def _output_loss(self, shared, hidden_BSD, batch):
-        return self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments)
+        A rank takes its part of the rows. Where these do not divide, it takes all of them, and of the heads its part of the tokens.
+        """
+        ranks, rows = self.table.schedule.num_ranks, len(y_BSD)
+        divide = rows % ranks == 0
+
+        def run(microbatch, y_BSD, sums):
+            batch = self._microbatch(microbatch)
+            if divide:
+                part = rows // ranks
+                of_ranks = lax.all_to_all(y_BSD, "pipe", 0, 0, tiled=True)
+                y_BSD = of_ranks[self.last[p] * part : (self.last[p] + 1) * part]
+                batch = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, self.index * part, part), batch)
+            else:
+                y_BSD = lax.psum(jnp.where(self.index == self.last[p], y_BSD, 0), "pipe")
+            of_loss = jax.value_and_grad(self._output_loss, argnums=(0, 1), has_aux=True)
+            (loss, (terms, fill)), (d_shared, dy_BSD) = of_loss(self.shared, y_BSD, batch, None if divide else "pipe")
+            if divide:
+                dy_BSD = lax.all_gather(dy_BSD, "pipe", tiled=True)
+            else:
+                loss, terms, d_shared = jax.tree.map(lambda x: x / ranks, (loss, terms, d_shared))
+            totals = _add(sums[0], (loss, terms, d_shared)), jnp.maximum(sums[1], fill)
+            return dy_BSD, totals
+
+        skip = lambda microbatch, y_BSD, sums: (jnp.zeros_like(y_BSD), sums)  # noqa: E731
+        changed = (sums.loss, sums.terms, sums.shared), sums.fill  # what goes through unchanged might be copied
+        dy_BSD, ((loss, terms, shared), fill) = lax.cond(microbatch != NONE, run, skip, microbatch, y_BSD, changed)
+        return dy_BSD, sums._replace(loss=loss, terms=terms, shared=shared, fill=fill)
+
+    def _output_loss(self, shared, hidden_BSD, batch, axis=None):
+        return self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments, axis)
 
     def _backward_input(self, p: int, kept: tuple[Kept, ...], dy_BSD, batch: dict) -> InputGradient:
         return self.stages[p].backward_input(kept, self._positions(batch), dy_BSD, self.objective.balance_weight)

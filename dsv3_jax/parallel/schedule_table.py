@@ -6,8 +6,8 @@ arrives is stored for a later tick. Values that wait are kept in rings of a fixe
     residuals   written by a forward, read by its backward, or by its input and by its weight gradient
     stash       written by an input gradient, read by its weight gradient
     forward[p]  input of chunk p, arrived from its producer
-    backward[p] cotangent of the output of chunk p, arrived from its consumer. At the last stage there is none to arrive: the stage's
-                own output waits there for the loss, which is part of its backward.
+    backward[p] cotangent of the output of chunk p, arrived from its consumer. At the last stage it is there as soon as the forward is
+                done: the output loss and its gradient follow at once, in the same tick.
 
 Within a tick reads come before writes, so a slot read for the last time can be written in the same tick. Slots are dealt out by colouring
 the intervals from write to last read, first free slot first, which needs no more slots than the most values that wait at one time.
@@ -101,7 +101,7 @@ def make_table(schedule: Schedule) -> Table:
             column["w_residual"][weight[x], rank] = residual[x]
 
         for p in range(chunks):
-            # The loss at the last stage starts the backward from that stage's own output.
+            # The cotangent of the last stage's output comes with its own forward.
             after = schedule.consumer(rank, p)
             inputs = [("B", "b_input", backward, after or (rank, p), "B" if after else "F")]
             if before := schedule.producer(rank, p):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats
@@ -76,26 +77,27 @@ def loss_and_terms(
     main, mtp, mtp_stats = after_layers(decoder, params, hidden_BSD, batch, over)
     moe_stats = [stats, mtp_stats] if config.num_moe_layers else [mtp_stats]
     load_LE, balance_L, fill_L = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moe_stats)
-    load_LE, fill = jax.lax.stop_gradient((load_LE, jnp.max(fill_L, initial=0)))
+    load_LE, fill = lax.stop_gradient((load_LE, jnp.max(fill_L, initial=0)))
     balance = jnp.sum(balance_L)
     loss = main + mtp_loss_weight * mtp + balance_loss_weight * balance
     return loss, {"main": main, "mtp": mtp, "balance": balance, "fill": fill, "load": load_LE}
 
 
 def after_layers(
-    decoder: Decoder, params: dict, hidden_BSD: jax.Array, batch: dict, over: NumTargets
+    decoder: Decoder, params: dict, hidden_BSD: jax.Array, batch: dict, over: NumTargets, axis: str | None = None
 ) -> tuple[jax.Array, jax.Array, RouterStats]:
     """The part of `loss_and_terms` that follows the last layer of the main model: its cross entropy, and the MTP module with its own.
 
-    Returns (main, mtp, router statistics of the MTP layer, leaves [1, ...], or [0, ...] where there is none).
+    axis: as `cross_entropy` has it. Returns (main, mtp, router statistics of the MTP layer, leaves [1, ...], or [0, ...] where there is
+    none).
     """
-    main = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), targets(batch, 1)) / jnp.maximum(over.main, 1)
+    main = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), targets(batch, 1), axis) / jnp.maximum(over.main, 1)
     if not decoder.config.num_nextn_predict_layers:
         none = jnp.zeros((0,), jnp.float32)
         return main, jnp.zeros((), jnp.float32), RouterStats(jnp.zeros((0, decoder.config.n_routed_experts), jnp.float32), none, none)
     # The last position's next token is known and its target is not: it runs along without weight, which keeps S a round number.
     predicted_BSD, stats = decoder.mtp(params, hidden_BSD, batch["tokens"][:, 1:], *_where(batch))
-    mtp = cross_entropy(decoder, params, predicted_BSD, targets(batch, 2)) / jnp.maximum(over.mtp, 1)
+    mtp = cross_entropy(decoder, params, predicted_BSD, targets(batch, 2), axis) / jnp.maximum(over.mtp, 1)
     return main, mtp, jax.tree.map(lambda x: x[None], stats)
 
 
@@ -112,13 +114,38 @@ def _where(batch):
     return tuple(batch[name][:, :-1] if name in batch else None for name in ("positions", "segment_ids"))
 
 
-def cross_entropy(decoder: Decoder, params: dict, normed_BSD: jax.Array, target: Targets) -> jax.Array:
+def cross_entropy(decoder: Decoder, params: dict, normed_BSD: jax.Array, target: Targets, axis: str | None = None) -> jax.Array:
     """Weighted sum of −log p(target) in nats, float32, from hidden states after their norm.
 
     The head runs over pieces of the sequence. When differentiated, each piece's gradient is taken at once (it is linear in the sum's
     own cotangent), so that neither the logits of all tokens nor a second pass over them is needed.
+
+    axis: of a mesh, inside `shard_map`, whose devices all hold these rows. Each runs the head over its part of every row; the mean over
+    the devices is the sum, and of the head's gradients the gradient, while that of the hidden states is whole on each.
     """
-    return _cross_entropy(decoder, params["lm_head"], normed_BSD, target)
+    if axis is None:
+        return _cross_entropy(decoder, params["lm_head"], normed_BSD, target)
+    return lax.axis_size(axis) * _cross_entropy(decoder, params["lm_head"], *_part_of(axis, normed_BSD, target))
+
+
+def _part_of(axis, normed_BSD, target):
+    """This device's part of each row, padded with targets of no weight."""
+    devices, length = lax.axis_size(axis), normed_BSD.shape[1]
+    size = -(-length // devices)
+
+    def part(x):
+        x = jnp.pad(x, ((0, 0), (0, devices * size - length), *[(0, 0)] * (x.ndim - 2)))
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, axis=1)
+
+    @jax.custom_vjp
+    def whole_gradient(x):
+        return part(x)
+
+    def gather(_, dx):
+        return ((lax.all_gather(dx, axis, axis=1, tiled=True) / devices)[:, :length],)  # the sum was multiplied by their number
+
+    whole_gradient.defvjp(lambda x: (part(x), None), gather)
+    return whole_gradient(normed_BSD), jax.tree.map(part, target)
 
 
 def _losses(logits_BSW, target):
@@ -130,7 +157,7 @@ def _losses(logits_BSW, target):
 
 def _logsumexp(x):
     """Over the last axis. One pass is best on a GPU; on a CPU it is not vectorised and takes ten times as long as two."""
-    return jax.lax.platform_dependent(x, cpu=lambda x: jax.nn.logsumexp(x, axis=-1), default=_logsumexp_in_one_pass)
+    return lax.platform_dependent(x, cpu=lambda x: jax.nn.logsumexp(x, axis=-1), default=_logsumexp_in_one_pass)
 
 
 def _logsumexp_in_one_pass(x):
@@ -142,7 +169,7 @@ def _logsumexp_in_one_pass(x):
         return new_top, total * jnp.exp(top - new_top) + other_total * jnp.exp(other_top - new_top)
 
     start = jnp.array(jnp.finfo(x.dtype).min, x.dtype), jnp.array(0, x.dtype)  # finite: −inf less −inf is NaN
-    top, total = jax.lax.reduce((x, jnp.ones_like(x)), start, merge, (x.ndim - 1,))
+    top, total = lax.reduce((x, jnp.ones_like(x)), start, merge, (x.ndim - 1,))
     return top + jnp.log(total)
 
 
@@ -165,7 +192,7 @@ def _cross_entropy(decoder, lm_head, normed_BSD, target):
         normed_BSD, target = piece
         return total + _losses(decoder.head({"lm_head": lm_head}, normed_BSD), target)[0], None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _pieces(decoder, normed_BSD, target))[0]
+    return lax.scan(add, jnp.zeros((), jnp.float32), _pieces(decoder, normed_BSD, target))[0]
 
 
 def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
@@ -180,7 +207,7 @@ def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
         return (sums[0] + loss, sums[1] + dhead), dnormed
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32)
-    (loss, dhead), dnormed_pieces = jax.lax.scan(add, zeros, _pieces(decoder, normed_BSD, target))
+    (loss, dhead), dnormed_pieces = lax.scan(add, zeros, _pieces(decoder, normed_BSD, target))
     dnormed = jnp.moveaxis(dnormed_pieces, 0, 1).reshape(normed_BSD.shape[0], -1, normed_BSD.shape[-1])[:, : normed_BSD.shape[1]]
     return loss, (dhead.astype(lm_head.dtype), dnormed)
 

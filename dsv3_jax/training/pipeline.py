@@ -47,12 +47,12 @@ def pipeline_value_and_grad(
     To be called inside `jax.jit`; arguments and errors as of `executor.value_and_grad`.
     """
     parts = schedule.num_microbatches * (mesh.size // schedule.num_ranks)
-    over = jax.tree.map(lambda n: n / parts, loss.num_targets(batch))
+    over, rows = jax.tree.map(lambda n: n / parts, loss.num_targets(batch)), len(batch["tokens"]) // parts
 
-    def output_loss(params, hidden_BSD, microbatch, arguments):
+    def output_loss(params, hidden_BSD, microbatch, arguments, axis):
         over, mtp_weight, balance_weight = arguments
-        main, mtp, stats = loss.after_layers(decoder, params, hidden_BSD, microbatch, over)
-        balance, fill = (jnp.sum(x) for x in (stats.balance_loss, stats.fill))
+        main, mtp, stats = loss.after_layers(decoder, params, hidden_BSD, microbatch, over, axis)
+        balance, fill = jnp.sum(stats.balance_loss) * (len(hidden_BSD) / rows), jnp.sum(stats.fill)  # a mean over rows: its part
         terms = {"main": main, "mtp": mtp, "balance": balance, "load": stats.load_E}
         return main + mtp_weight * mtp + balance_weight * balance, (terms, fill)
 
