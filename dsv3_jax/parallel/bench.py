@@ -242,7 +242,8 @@ def step(options) -> Callable[[], None]:
         pipeline_max_delayed=options.max_delayed,
     )
     trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=options.remat or config.remat), config, mesh)
-    trainer.buffers.size = options.size
+    first = trainer.buffers.size
+    size = options.size or first
     like = lambda tree, places: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)  # noqa: E731
     # Drawn from NumPy's key, an argument, as the loop does it: the same parameters on any mesh.
     key = np.asarray(jax.random.key_data(jax.random.key(0)))
@@ -253,19 +254,23 @@ def step(options) -> Callable[[], None]:
     scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
     start = time.perf_counter()
     init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
-    sizes = [options.size] + [buffers.START] * bool(options.settle)
-    lowered = [trainer.jitted(size).lower(state, batch, scheduled) for size in sizes]
+    lowered = [trainer.jitted(size).lower(state, batch, scheduled)]
+    if options.settle:
+        few = like({"tokens": batches[0][: options.rows // 4]}, {"tokens": trainer.batch_sharding})
+        lowered.append(trainer.jitted(first).lower(state, few, scheduled))
     with ThreadPoolExecutor(2) as pool:
         compiled, *settling = pool.map(lambda one: _compile(one, options), lowered)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
 
     def measure():
         state, losses, fills = init(key), [], []
-        place = lambda i: {"tokens": jax.device_put(batches[i % len(batches)], trainer.batch_sharding)}  # noqa: E731
+        put = lambda rows: {"tokens": jax.device_put(rows, trainer.batch_sharding)}  # noqa: E731
+        place = lambda i: put(batches[i % len(batches)])  # noqa: E731
         for i in range(options.settle):
-            state, metrics = settling[0](state, place(i), Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
+            few = put(batches[i % len(batches)][: options.rows // 4])
+            state, metrics = settling[0](state, few, Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
         if options.settle:
-            print(f"settled: fill {float(metrics['fill']):.2f} of buffers of {buffers.START}", flush=True)
+            print(f"settled: fill {float(metrics['fill']):.2f} of buffers of {first:.2f}", flush=True)
         for i in range(options.steps):
             if i == 2:
                 jax.block_until_ready(state)
@@ -277,9 +282,9 @@ def step(options) -> Callable[[], None]:
         rate = (options.steps - 2) * config.batch_size * config.sequence_length / (time.perf_counter() - start)
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         fill = max(map(float, fills))
-        print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {fill:.2f}", flush=True)
+        print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {fill:.2f} of buffers of {size:.2f}", flush=True)
         if fill > 1:
-            raise UserError(f"steps were void, the buffers were too small: --size {options.size * fill * buffers.HEADROOM:.2f}")
+            raise UserError(f"steps were void, the buffers were too small: --size {size * fill * buffers.HEADROOM:.2f}")
         print("losses", " ".join(f"{float(loss):.4f}" for loss in losses), flush=True)
         busy = profile(lambda: compiled(state, place(-1), scheduled))
         for found in busy.values():
@@ -323,9 +328,8 @@ def overlap(options) -> Callable[[], None]:
     numerics = dataclasses.replace(named_recipe(options.precision), num_sms=options.num_sms)
     schedule = build("dualpipev", num_ranks=1, num_microbatches=options.microbatches, max_delayed=options.max_delayed)
     table = make_table(schedule)
-    decoder = Decoder(
-        config, numerics, remat=options.remat or "norms_and_up", exchange=exchange.over_mesh(config, mesh.shape, options.size)
-    )
+    size = options.size or buffers.start(config, meshes.num_expert_parts(mesh.shape))
+    decoder = Decoder(config, numerics, remat=options.remat or "norms_and_up", exchange=exchange.over_mesh(config, mesh.shape, size))
 
     def gradients(params, tokens):
         weights = {"mtp_loss_weight": 0.0, "balance_loss_weight": 1e-4}
@@ -383,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["exchange", "step", "overlap"])
     parser.add_argument("--mesh", help="expert over all GPUs by default; step: one GPU")
     parser.add_argument("--precision", default="fp8", choices=["float32", "bf16", "fp8", "fp8_reference"])
-    parser.add_argument("--size", type=float, default=buffers.START, help="of the exchange's buffers, for step and overlap (buffers.py)")
+    parser.add_argument("--size", type=float, help="of the exchange's buffers, for step and overlap; first ones by default (buffers.py)")
     parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="communication beside nothing, for step and overlap")
     parser.add_argument("--max-delayed", type=int, default=0, help="weight gradients that a pipeline's rank puts off at one time")
     parser.add_argument("--remat", help="of step and overlap, instead of the recipe's and norms_and_up (TrainConfig.remat)")
@@ -398,7 +402,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--schedule", default="dualpipev", choices=KINDS)
     group.add_argument("--steps", type=int, default=10)
     group.add_argument("--learning-rate", type=float, default=3e-4)
-    group.add_argument("--settle", type=int, default=0, help="steps before, with first buffers; only the router's bias learns")
+    group.add_argument("--settle", type=int, default=0, help="short steps before, with first buffers; only the router's bias learns")
     group = parser.add_argument_group("overlap")
     group.add_argument("--num-sms", type=int, help="for products; all by default")
     group.add_argument("--layers", type=int, default=4)

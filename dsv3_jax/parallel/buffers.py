@@ -12,17 +12,22 @@ from dsv3_jax.config import ModelConfig
 
 # Half-tone steps of a factor of two; the last has room for whatever comes.
 SIZES = (*(2 ** (i / 12) for i in range(37)), math.inf)
-START = 2.0  # a fresh router is far from balance
 HEADROOM = 1.03  # over the fullest buffer seen
 PATIENCE = 100  # steps before a smaller size is taken,
 SAVING = 0.9  # and only one at most so large, as a part of the one in use
 
 
+def start(config: ModelConfig, devices: int) -> float:
+    """The first size. A fresh router is far from balance (one expert of a fresh `small` gets five times the mean): a device that holds a
+    few experts gets twice the mean, one that holds many is closer to it."""
+    return next(size for size in SIZES if size >= min(2, 1 + 5 * devices / config.n_routed_experts))
+
+
 class Buffers:
     """The size for the next step: `size`, an entry of SIZES."""
 
-    def __init__(self):
-        self.size = START
+    def __init__(self, size: float):
+        self.size = size
         self._fullest, self._steps = 0.0, 0
 
     def enough(self, fill: float) -> bool:

@@ -20,7 +20,6 @@ from dsv3_jax.config import TrainConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder, fused_attention
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel.buffers import START
 from dsv3_jax.precision import recipe
 from dsv3_jax.training import dry_run
 from dsv3_jax.training.loop import check_mesh
@@ -31,8 +30,8 @@ from pallas_kernels import aot
 DEVICE_BYTES = 80 * 10**9  # of the smallest Hopper cards that this is for
 
 
-def compile_step(config: TrainConfig, size: float = START) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """The compiled step on config.mesh, and the seconds that tracing and compiling took. size: of the exchange's buffers."""
+def compile_step(config: TrainConfig) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """The compiled step on config.mesh with first buffers, and the seconds that tracing and compiling took."""
     if not aot.available():
         raise UserError("--aot needs the compiler for CUDA: install the dependency group aot (uv sync --group aot)")
     sizes = meshes.parse(config.mesh)
@@ -47,18 +46,18 @@ def compile_step(config: TrainConfig, size: float = START) -> tuple[jax.stages.C
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32, sharding=trainer.batch_sharding)
     with attention_without_cudnn():
         start = time.perf_counter()
-        lowered = trainer.jitted(size).lower(state, {"tokens": tokens}, Scheduled(1e-4, 0.3, 1e-3))
+        lowered = trainer.jitted(trainer.buffers.size).lower(state, {"tokens": tokens}, Scheduled(1e-4, 0.3, 1e-3))
         traced = time.perf_counter()
         # Or each product's candidates would be compiled one by one; and fusions with a product have no default, so that there are none.
         compiled = lowered.compile({"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False})
     return compiled, {"tracing": traced - start, "compiling": time.perf_counter() - traced}
 
 
-def report(config: TrainConfig, size: float = START) -> str:
+def report(config: TrainConfig) -> str:
     """What `compile_step` found, as text: seconds, bytes of a device by kind."""
-    compiled, seconds = compile_step(config, size)
+    compiled, seconds = compile_step(config)
     sizes, memory = meshes.parse(config.mesh), compiled.memory_analysis()
-    kinds = dry_run.bytes_a_device(config, sizes, size)
+    kinds = dry_run.bytes_a_device(config, sizes)
     kept = sum(count for kind, count in kinds.items() if kind.startswith(("masters", "moments", "moving average")))
     of_step = {kind: count for kind, count in kinds.items() if not kind.startswith(("masters", "moments", "moving average"))}
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -74,7 +73,7 @@ def report(config: TrainConfig, size: float = START) -> str:
     return "\n".join(
         [
             f"compiled for {math.prod(sizes.values())} Hopper GPUs: traced in {seconds['tracing']:.0f} s, compiled in "
-            f"{seconds['compiling']:.0f} s; buffers of the exchange {size:.2f}; cuDNN's attention replaced by an empty kernel",
+            f"{seconds['compiling']:.0f} s; first buffers of the exchange; cuDNN's attention replaced by an empty kernel",
             "bytes a device:",
             *(f"  {kind:<52} {count:>18,}" for kind, count in rows.items()),
             f"{'fits' if together <= DEVICE_BYTES else 'DOES NOT FIT'} into {DEVICE_BYTES:,} bytes",

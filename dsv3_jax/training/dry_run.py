@@ -9,9 +9,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.parallel import exchange, placement, sharding
+from dsv3_jax.parallel import buffers, exchange, placement, sharding
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel.buffers import START
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.stage import Program, Weights
 from dsv3_jax.precision import recipe
@@ -28,13 +27,13 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return {"main": size(shapes) - mtp, "mtp": mtp, "activated": size(shapes) - mtp - idle}
 
 
-def bytes_a_device(config: TrainConfig, sizes: dict[str, int], size: float = START) -> dict[str, int]:
-    """Bytes of each kind of array that one device of a mesh of those sizes holds in a step; activations are not counted.
+def bytes_a_device(config: TrainConfig, sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes of each kind of array that one device of a mesh of those sizes holds in a step with first buffers; no activations.
 
     Masters and moments lie in shards (ZeRO-1, parallel/sharding.py); a step works on whole weights of its own layers and experts.
-    size: of the exchange's buffers.
     """
     numerics = recipe("bf16" if config.precision == "auto" else config.precision)
+    size = buffers.start(config.model, meshes.num_expert_parts(sizes))
     decoder = Decoder(config.model, numerics, remat=config.remat, exchange=exchange.over_mesh(config.model, sizes, size))
     axes, shapes = decoder.logical_axes(), decoder.abstract_params()
 

@@ -14,8 +14,8 @@ import optax
 
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.parallel.buffers import Buffers
-from dsv3_jax.parallel.mesh import make
+from dsv3_jax.parallel import buffers
+from dsv3_jax.parallel.mesh import make, num_expert_parts
 from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision import attach, overflow_counters, quantize_params
 from dsv3_jax.training import loss, optimizer, pipeline, router_bias
@@ -45,7 +45,7 @@ class Trainer:
     def __init__(self, decoder: Decoder, config: TrainConfig, mesh: jax.sharding.Mesh | None = None):
         self.config = config
         self.spread = Spread(decoder, mesh or make("data=1", jax.devices()[:1]))
-        self.buffers = Buffers()
+        self.buffers = buffers.Buffers(buffers.start(config.model, num_expert_parts(self.spread.mesh.shape)))
         weights_axes, _ = router_bias.split(decoder.logical_axes())
         self.optimizer = optimizer.adamw(config.optimizer, optimizer.decayed(weights_axes))
         masters, whole = self.spread.shardings, jax.sharding.NamedSharding(self.spread.mesh, jax.sharding.PartitionSpec())

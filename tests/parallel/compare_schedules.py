@@ -2,8 +2,8 @@
 
     python tests/parallel/compare_schedules.py float64 dualpipev:pipe=2,expert=2 zb1p:pipe=2 ...    prints a JSON line for each
 
-{"case": ..., "loss": the largest relative difference of the loss and its terms, "gradient": that of any parameter's gradient, "load": the
-largest difference of an expert's tokens}
+{"case": ..., "loss": the largest relative difference of the loss and its terms, "layers": that of any gradient of the layers, "others": of
+the other parameters' (embedding, norm, head, MTP), "load": the largest difference of an expert's tokens}
 
 KIND@N puts off the weight gradients of N microbatches at most, KIND/REMAT keeps what that says (norms_and_up otherwise). With `bf16` and
 `fp8_reference` the comparison is with a pipeline of one rank on the same other axes and microbatches: over `expert` sums are rounded once
@@ -35,7 +35,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import exchange_locally
-from dsv3_jax.parallel import exchange, schedule
+from dsv3_jax.parallel import exchange, placement, schedule
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision import recipe
 from dsv3_jax.training import loss
@@ -146,7 +146,8 @@ def compare(precision: str, case: str) -> dict:
     return {
         "case": case,
         "loss": worst((found_total, others(found_terms)), (total, others(terms))),
-        "gradient": worst(found, gradients),
+        "layers": worst(*({name: tree[name] for name in placement.STACKS} for tree in (found, gradients))),
+        "others": worst(*({name: leaf for name, leaf in tree.items() if name not in placement.STACKS} for tree in (found, gradients))),
         "load": float(np.max(np.abs(np.asarray(found_terms["load"]) - np.asarray(terms["load"])))),
     }
 

@@ -19,7 +19,7 @@ def simulate(rows_of_step, config, devices, steps=1000):
 
     rows_of_step() -> rows [layers, from, to]. No exchange is faster than the device that gets most, so what is sent beyond that is waste.
     """
-    sizes, again, padding = buffers.Buffers(), 0, []
+    sizes, again, padding = buffers.Buffers(buffers.start(config, devices)), 0, []
     for _ in range(steps):
         rows = rows_of_step()
         while True:
@@ -79,8 +79,16 @@ def test_padding_with_a_fresh_router():
     assert again <= 1 and padding <= 1.25, (again, padding)
 
 
+def test_first_size_holds_what_a_fresh_router_sends():
+    """The fullest device over the mean as a forward pass of a fresh `small` has it, largest layer: 12 or 6 experts on a device."""
+    config = ModelConfig(n_routed_experts=24, num_experts_per_tok=3)
+    assert 1.27 * buffers.HEADROOM < buffers.start(config, 2) < 1.5
+    assert 1.71 * buffers.HEADROOM < buffers.start(config, 4) < 2
+    assert buffers.start(ModelConfig(), 64) == 2.0
+
+
 def test_sizes_grow_at_once_and_shrink_with_patience():
-    sizes = buffers.Buffers()
+    sizes = buffers.Buffers(2.0)
     start = sizes.size
     assert not sizes.enough(1.4)
     assert sizes.size >= 1.4 * start

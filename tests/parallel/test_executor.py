@@ -56,9 +56,9 @@ def compare(precision: str, *cases: str) -> list[dict]:
     return rows
 
 
-def check(rows: list[dict], tolerance: float) -> None:
+def check(rows: list[dict], tolerance: float, others: float | None = None) -> None:
     for row in rows:
-        assert row["loss"] < tolerance and row["gradient"] < tolerance and row["load"] == 0, row
+        assert max(row["loss"], row["layers"]) < tolerance and row["others"] < (others or tolerance) and row["load"] == 0, row
 
 
 def test_dualpipev_with_experts_is_one_device():
@@ -95,8 +95,10 @@ def test_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp8_reference"])
 def test_low_precision_is_the_same_on_any_number_of_ranks(precision):
-    """Only float32 sums over microbatches are taken in another order."""
-    check(compare(precision, "1f1b:pipe=2", "1f1b:pipe=2,expert=2", "dualpipev:pipe=2,expert=2", "dualpipev@0:pipe=2"), 1e-5)
+    """In layers only float32 sums over microbatches are taken in another order. Head and MTP module work on a rank's rows of a
+    microbatch, or its tokens: their gradients are rounded as often as there are parts, and FP8 tiles do not reach across."""
+    cases = "1f1b:pipe=2", "1f1b:pipe=2,expert=2", "dualpipev:pipe=2,expert=2", "dualpipev@0:pipe=2"
+    check(compare(precision, *cases), 1e-5, others=0.03)
 
 
 @pytest.mark.parametrize("kind", KINDS)
