@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm import ROWS, swizzled
+from pallas_kernels.quantize import rmsnorm
 from pallas_kernels.quantize.reference import AMAX_FLOOR
 from pallas_kernels.quantize.registers import quantize_registers, rows_layout
 from pallas_kernels.quantize.swiglu import swiglu_backward  # noqa: F401
@@ -47,17 +48,14 @@ def _swiglu(combine, gate_up, pow2, interpret):
 
 
 def rmsnorm_quantize(x, weight, *, eps=1e-6, pow2=False, interpret=None):
-    """The row norms are a reduction of their own, before: a row does not fit into an SM beside its neighbours."""
-    norm = lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) + eps)
-
-    def run(x, norm):
-        return _quantize(
-            lambda t, norm, weight: [[t * norm * weight]], 1, x, norm, weight, pow2=pow2, floor=AMAX_FLOOR, interpret=interpret
-        )[0]
-
+    if not rmsnorm.fits(x):  # 14,000 float32 columns and more: the normed rows make a way through memory
+        x = x.astype(jnp.float32)
+        norm = lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+        return quantize_tiles(x * norm * weight.astype(jnp.float32), pow2=pow2, interpret=interpret)
+    run = functools.partial(rmsnorm.rmsnorm_quantize_rows, eps=eps, pow2=pow2, interpret=interpret)
     for _ in range(x.ndim - 2):
-        run = jax.vmap(run)
-    return run(x, norm)
+        run = jax.vmap(run, in_axes=(0, None))
+    return run(x, weight)
 
 
 def requantize_transposed(q, group_sizes=None, *, pow2=False, interpret=None):
@@ -75,35 +73,26 @@ def _over_leading_axes(x, function):
     return function(x)
 
 
-def _quantize(combine, parts, x, by_row=None, by_column=None, *, pow2, floor, interpret):
+def _quantize(combine, parts, x, *, pow2, floor, interpret):
     """Tiles of one or two arrays made from x [M, K], which has `parts` side by side; only the first result has scales by `pow2`.
 
-    combine: from a float32 tile of each part, and by_row [M] and by_column [K] spread over it if given, to the tiles of each array: as many
-    as it has parts of that width.
+    combine: from a float32 tile of each part to the tiles of each array: as many as it has parts of that width.
     """
     rows, k = x.shape
     x = pad_to(x, (rows if rows <= ROWS else -(-rows // ROWS) * ROWS, num_blocks(k) * BLOCK))
     padded_rows, blocks, layout = x.shape[0], x.shape[1] // BLOCK // parts, rows_layout(x.dtype)
     tile_rows = min(TILE_ROWS, -(-rows // 16) * 16)
     tile = jax.ShapeDtypeStruct((tile_rows, BLOCK), jnp.float32)
-    scaled = by_row is not None
-    widths = [len(tiles) for tiles in jax.eval_shape(combine, *[tile] * (parts + 2 * scaled))]
-    factors = [pad_to(by_row, (-(-rows // 4) * 4,)), pad_to(by_column.astype(jnp.float32), x.shape[1:])] if scaled else []
+    widths = [len(tiles) for tiles in jax.eval_shape(combine, *[tile] * parts)]
 
     def body(x, *refs):
-        factors, results, smem = refs[: 2 * scaled], refs[2 * scaled : -1], refs[-1]
+        *results, smem = refs
         row, block = pl.ds(lax.axis_index("row") * tile_rows, tile_rows), lax.axis_index("block")
         for part in range(parts):
             columns = pl.ds((part * blocks + block) * BLOCK, BLOCK)
             plgpu.copy_gmem_to_smem(x.at[row, columns], smem["x"].at[part], smem["loaded"])
-        if scaled:
-            plgpu.copy_gmem_to_smem(factors[0].at[row], smem["by_row"], smem["loaded"])
-            plgpu.copy_gmem_to_smem(factors[1].at[pl.ds(block * BLOCK, BLOCK)], smem["by_column"], smem["loaded"])
         plgpu.barrier_wait(smem["loaded"])
         tiles = [plgpu.load(smem["x"].at[part], layout=layout).astype(jnp.float32) for part in range(parts)]
-        for axis, name in enumerate(("by_row", "by_column") if scaled else ()):
-            factor = plgpu.load(smem[name], layout=layout.reduce(1 - axis), optimized=False)
-            tiles.append(plgpu.layout_cast(lax.broadcast_in_dim(factor, tile.shape, [axis]), layout))
         slot = 0
         for index, made in enumerate(combine(*tiles)):
             values, scales = results[2 * index : 2 * index + 2]
@@ -122,10 +111,8 @@ def _quantize(combine, parts, x, by_row=None, by_column=None, *, pow2, floor, in
         "x": plgpu.SMEM((parts, tile_rows, BLOCK), x.dtype, transforms=swizzled(BLOCK, x.dtype)),
         "values": plgpu.SMEM((sum(widths), tile_rows, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
         "scales": plgpu.SMEM((sum(widths), tile_rows), jnp.float32),
-        "loaded": plgpu.Barrier(num_arrivals=parts + 2 * scaled),
+        "loaded": plgpu.Barrier(num_arrivals=parts),
     }
-    if scaled:
-        scratch |= {"by_row": plgpu.SMEM((tile_rows,), jnp.float32), "by_column": plgpu.SMEM((BLOCK,), jnp.float32)}
     out_type = []
     for width in widths:
         out_type.append(jax.ShapeDtypeStruct((padded_rows, width * blocks * BLOCK), E4M3))
@@ -141,6 +128,6 @@ def _quantize(combine, parts, x, by_row=None, by_column=None, *, pow2, floor, in
         thread_name="wg",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=parts > 1),  # SwiGLU's exponential and division
-    )(x, *factors)
+    )(x)
     columns = [width * (k // parts) for width in widths]
     return [Quantized(v[:rows, :c], s[:, :rows], "tiles") for v, s, c in zip(results[::2], results[1::2], columns)]

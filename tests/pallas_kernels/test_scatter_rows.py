@@ -35,6 +35,20 @@ def test_rows_are_where_numpy_puts_them(monkeypatch, scatter, filled):
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
+@pytest.mark.gpu
+def test_many_rows_on_a_gpu():
+    """As in training: a multiple of 128 rows, of which 7 of 8 are filled, and the rest zeroed by many thread blocks."""
+    rng, tokens, copies, rows = np.random.default_rng(0), 1024, 8, 8192
+    filled = rows // 8 * 7
+    places = rng.permutation(np.where(np.arange(tokens * copies) < filled, np.arange(tokens * copies), rows)).reshape(tokens, copies)
+    x = rng.integers(0, 256, (tokens, 1024), np.uint8)
+    expected = np.zeros((rows, 1024), np.uint8)
+    for row, to in zip(x, places):
+        expected[to[to < rows]] = row
+    found = ON_GPU(jnp.asarray(x), jnp.asarray(places, jnp.int32), jnp.asarray(filled, jnp.int32), rows=rows, columns=1024)
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
 @pytest.mark.parametrize("dtype, width, copies", [(jnp.uint8, 7168, 8), (jnp.bfloat16, 1024, 3)])
 def test_compiles(dtype, width, copies):
