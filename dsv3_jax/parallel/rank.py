@@ -97,9 +97,23 @@ class Pool:
             for stack, some in self._by_stack(p, of_chunk).items():
                 self.like[stack] = max(self.like.get(stack, []), some, key=len)
 
-    def pooled(self, p: int, values: tuple) -> dict[str, list]:
-        of_chunk = self._by_stack(p, values)
-        return {stack: [*(have := of_chunk.get(stack, [])), *zeros(all_[len(have) :])] for stack, all_ in self.like.items()}
+    def pooled(self, p: int, values: tuple, others: dict[str, list] | None = None) -> dict[str, list]:
+        """others: what stands where chunk p has no layer, and is written nowhere; zeros by default."""
+        of_chunk, others = self._by_stack(p, values), others or zeros(self.like)
+        return {stack: [*(have := of_chunk.get(stack, [])), *rest[len(have) :]] for stack, rest in others.items()}
+
+    def write(self, ring: dict[str, list], slot_of_chunk: jax.Array, slots: int, pool: dict[str, list]) -> dict[str, list]:
+        """slot_of_chunk: for each chunk where its values go, `slots`: nowhere. Only layers that this rank has are written: much of a
+        microbatch's values would be others."""
+
+        def write(stack, j):
+            slot = jnp.int32(slots)
+            for p, stage in enumerate(self._stages):
+                present = [layer.present for layer in stage.layers if layer.program.stack == stack]
+                slot = jnp.where(present[j], jnp.minimum(slot, slot_of_chunk[p]), slot) if j < len(present) else slot
+            return _write_if_any(ring[stack][j], slot, slots, pool[stack][j])
+
+        return {stack: [write(stack, j) for j in range(len(of_stack))] for stack, of_stack in ring.items()}
 
     def unpooled(self, p: int, pool: dict[str, list]) -> tuple:
         waiting = {stack: iter(values) for stack, values in pool.items()}
@@ -187,8 +201,8 @@ class Rank:
         for p, (arrived, cotangent) in enumerate(self._exchange(writes, of_loss)):
             forward = _write(forward, row["keep_forward"][p], arrived)
             backward = _write(backward, row["keep_backward"][p], cotangent)
-        kept = _write_if_any(rings.kept, row["f_residual"], self.table.residual_slots, writes.kept)
-        stash = _write_if_any(rings.stash, row["b_stash"], self.table.stash_slots, writes.stash)
+        kept = self._kept.write(rings.kept, row["f_residual"], self.table.residual_slots, writes.kept)
+        stash = self._stash.write(rings.stash, row["b_stash"], self.table.stash_slots, writes.stash)
         return Rings(forward, backward, kept, stash), sums
 
     def _exchange(self, writes: Writes, of_loss: list[jax.Array | None]) -> list[tuple[jax.Array, jax.Array]]:
@@ -221,14 +235,15 @@ class Rank:
         def run(reads: Reads, sums: Sums) -> tuple[Writes, Sums]:
             nothing = jnp.zeros_like(reads.x_BSD)
             y_BSD = dx_BSD = nothing
-            # Where there is no forward, what has been read for a backward is returned: it is there, and zeros would have to be written.
+            # Where there is no forward, or none of a layer, what has been read for a backward is returned: it is there, and zeros would
+            # have to be written.
             waited = _read(*reads.kept) if "B" in name or "I" in name else None
             kept, stash = zeros(self._kept.like) if waited is None else waited, zeros(self._stash.like)
             for letter, p in parts:
                 with jax.named_scope(f"{letter}{p}"):
                     if letter == "F":
                         y_BSD, stats, left = self._forward(p, reads.x_BSD, reads.f_batch)
-                        kept, sums = self._kept.pooled(p, left), self._add_stats(p, sums, stats)
+                        kept, sums = self._kept.pooled(p, left, waited), self._add_stats(p, sums, stats)
                     elif letter == "W":
                         sums = self._add_weight_gradients(p, sums, self._stash.unpooled(p, _read(*reads.stash)))
                     else:
@@ -327,6 +342,9 @@ def _columns(table: Table) -> dict[str, np.ndarray]:
     def place(slot, offset, slots):
         return np.where(slot == NONE, slots, slot + offset).astype(np.int32)
 
+    def of_chunks(slot, of_action, slots):  # [ticks, ranks, chunks]
+        return np.where(of_action[..., None] == chunk, slot[..., None], slots).astype(np.int32)
+
     forward_slots, backward_slots = sum(table.forward_slots), sum(table.backward_slots)
     return {
         "action": table.action,
@@ -335,9 +353,9 @@ def _columns(table: Table) -> dict[str, np.ndarray]:
         "f_first": (table.f_input == NONE) & (table.f_microbatch != NONE),
         "f_input": place(table.f_input, forward_first[f_chunk], forward_slots),
         "b_input": place(table.b_input, backward_first[b_chunk], backward_slots),
-        "f_residual": place(table.f_residual, 0, table.residual_slots),
+        "f_residual": of_chunks(place(table.f_residual, 0, table.residual_slots), f_chunk, table.residual_slots),
         "b_residual": place(table.b_residual, 0, table.residual_slots),
-        "b_stash": place(table.b_stash, 0, table.stash_slots),
+        "b_stash": of_chunks(place(table.b_stash, 0, table.stash_slots), b_chunk, table.stash_slots),
         "w_stash": place(table.w_stash, 0, table.stash_slots),
         "keep_forward": place(table.keep_forward, forward_first[chunk], forward_slots),
         "keep_backward": place(table.keep_backward, backward_first[chunk], backward_slots),
