@@ -99,6 +99,19 @@ def test_a_gpu_gets_cudnn_forward_and_backward(masked):
     assert "CAUSAL" in lowered and "exponential" not in lowered  # and nothing of the plain path
 
 
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
+def test_a_deterministic_backward_pass_says_so_before_xla_does(flags, monkeypatch):
+    """Or the second of two equal ones does not find its plan when it runs."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    shape = lambda width: jax.ShapeDtypeStruct((2, 256, 4, width), jnp.bfloat16)  # noqa: E731
+    gradient = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v, SCALE)))
+    lowered = jax.jit(gradient).trace(shape(192), shape(192), shape(128)).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in lowered.splitlines() if "@__cudnn$fmha" in line]
+    assert len(calls) == 2
+    for call in calls:
+        assert ("force_deterministic" in call) == (bool(flags) and "Backward(" in call)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
 def test_cudnn_on_the_gpu_against_float32(masked):
