@@ -24,6 +24,7 @@ from pallas_kernels.quantize import (
 )
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.scatter_rows import scatter_rows
+from pallas_kernels.swiglu import swiglu_gradient
 from pallas_kernels.wgrad import fp8_wgrad, grouped_fp8_wgrad
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "rmsnorm_quantize",
     "scatter_rows",
     "swiglu_backward",
+    "swiglu_gradient",
     "swiglu_quantize",
     "swiglu_quantize_both",
 ]

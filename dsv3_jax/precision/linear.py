@@ -18,7 +18,7 @@ from dsv3_jax.precision.products import einsum
 from dsv3_jax.precision.recipe import FLOAT32, Recipe, Scales
 from dsv3_jax.precision.tap import Tap, given, weight_gradient
 from dsv3_jax.precision.weights import FP8Weight, dense
-from pallas_kernels import Quantized, quantize_blocks
+from pallas_kernels import Quantized, quantize_blocks, swiglu_gradient
 
 Weight = jax.Array | Quantized | FP8Weight
 _FLOAT_SCALES = Scales()
@@ -84,11 +84,22 @@ def swiglu_linear(
     return y_TN.reshape(*gate_up.shape[:-1], -1)
 
 
+@jax.custom_vjp
 def silu_gate(gate_up: jax.Array, row_weights: jax.Array | None = None) -> jax.Array:
-    """silu(gate) · up (· the row's weight) in float32. gate_up [..., 2F], gate first -> [..., F] in its dtype."""
+    """silu(gate) · up (· the row's weight) in float32. gate_up [T, 2F], gate first; row_weights [T] -> [T, F] in its dtype."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     hidden = jax.nn.silu(gate) * up
     return (hidden if row_weights is None else hidden * row_weights[..., None]).astype(gate_up.dtype)
+
+
+def _silu_gate_bwd(saved, d_hidden):
+    gate_up, row_weights = saved
+    # float32 runs on any device; the kernel is for 16 bits.
+    implementation = "reference" if gate_up.dtype == jnp.float32 else None
+    return swiglu_gradient(gate_up, d_hidden, row_weights, implementation=implementation)
+
+
+silu_gate.defvjp(lambda gate_up, row_weights=None: (silu_gate(gate_up, row_weights), (gate_up, row_weights)), _silu_gate_bwd)
 
 
 def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype):
