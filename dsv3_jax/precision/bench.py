@@ -252,7 +252,10 @@ def recipe_config(arguments) -> TrainConfig:
     rows = arguments.rows or config.microbatch_size or config.batch_size
     if getattr(arguments, "no_mtp", False):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_nextn_predict_layers=0))
-    return dataclasses.replace(config, precision=arguments.precision, batch_size=rows, microbatch_size=None, batch_ramp_from=None)
+    remat = getattr(arguments, "remat", None) or config.remat
+    return dataclasses.replace(
+        config, precision=arguments.precision, remat=remat, batch_size=rows, microbatch_size=None, batch_ramp_from=None
+    )
 
 
 def main() -> None:
@@ -263,6 +266,7 @@ def main() -> None:
     parser.add_argument("--num-sms", type=int, nargs="+", default=[132, 112], help="SMs that products run on, for layers")
     parser.add_argument("--rows", type=int, help="sequences a step; the recipe's microbatch by default")
     parser.add_argument("--no-mtp", action="store_true", help="without the MTP module, as transformers trains the model (step, memory)")
+    parser.add_argument("--remat", choices=["none", "norms", "norms_and_up", "layer"], help="the recipe's by default (step)")
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also the kernels of one call that take longest (step, layers)")
     arguments = parser.parse_args()

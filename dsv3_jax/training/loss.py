@@ -12,6 +12,7 @@ from jax import lax
 
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats
+from dsv3_jax.precision import Tap, weight_gradient
 
 # Logits of so many entries at a time exist (1 GiB in float32), whatever the batch and the vocabulary.
 _LOGITS_AT_ONCE = 2**28
@@ -196,15 +197,19 @@ def _cross_entropy(decoder, lm_head, normed_BSD, target):
 
 
 def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
+    recipe = decoder.recipe.unquantised
+    head = lm_head.astype(recipe.compute_dtype)  # once, not once a piece; its gradient stays in float32
+
     def add(sums, piece):
         normed_BSD, target = piece
-        logits_BSW, head_vjp = jax.vjp(lambda head, x: decoder.head({"lm_head": head}, x), lm_head, normed_BSD)
+        logits_BSW, head_vjp = jax.vjp(lambda x: decoder.head({"lm_head": head}, x), normed_BSD)
         loss, lse_BS1 = _losses(logits_BSW, target)
         # In one pass over the logits, written out once more in the compute dtype; by autodiff it is four.
         chosen_BSW = jnp.arange(logits_BSW.shape[-1], dtype=jnp.int32) == target.tokens_BS[..., None]
         dlogits_BSW = (jnp.exp(logits_BSW - lse_BS1) - chosen_BSW) * target.weights_BS[..., None]
-        dhead, dnormed = head_vjp(dlogits_BSW)
-        return (sums[0] + loss, sums[1] + dhead), dnormed
+        operands = Tap(*(x.reshape(-1, x.shape[-1]).astype(recipe.compute_dtype) for x in (normed_BSD, dlogits_BSW)))
+        dhead = weight_gradient(operands, lm_head.shape, None, recipe)
+        return (sums[0] + loss, sums[1] + dhead), *head_vjp(dlogits_BSW)
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32)
     (loss, dhead), dnormed_pieces = lax.scan(add, zeros, _pieces(decoder, normed_BSD, target))
