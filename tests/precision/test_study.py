@@ -1,6 +1,5 @@
 """The study tells scales apart: on operands with the outliers and the range that training has."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,14 +7,15 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import BF16, Scales
 from dsv3_jax.precision.study import SCHEMES, Operands, _quantised, errors, operands_of, study
+from tests import draw
 
 
 def with_a_range_of_tokens(seed):
     """Gradients of tokens that are well predicted are a million times smaller than those of others; a few input channels are huge."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    x, w, dy = (jax.random.normal(key, shape) for key, shape in zip(keys, ((256, 256), (128, 256), (256, 128))))
-    x = x.at[:, :2].mul(3e5)
-    return Operands("toy", Scales(), x, w, dy * 10.0 ** jax.random.uniform(keys[3], (256, 1), minval=-6, maxval=0))
+    rng = np.random.default_rng(seed)
+    x, w, dy = (draw.normal(rng, *shape) for shape in ((256, 256), (128, 256), (256, 128)))
+    x[:, :2] *= 3e5
+    return Operands("toy", Scales(), x, w, dy * 10 ** rng.uniform(-6, 0, (256, 1)).astype(np.float32))
 
 
 def test_coarse_scales_stand_out():
@@ -66,8 +66,8 @@ def test_the_operands_caught_are_those_of_the_step():
         initializer_range=0.1,
     )
     decoder = Decoder(config, BF16)
-    params = decoder.init(jax.random.key(0))
-    operands = list(operands_of(decoder)(params, {"tokens": jax.random.randint(jax.random.key(1), (1, 33), 0, 64)}))
+    params = draw.parameters(decoder)
+    operands = list(operands_of(decoder)(params, {"tokens": np.random.default_rng(1).integers(0, 64, (1, 33)).astype(np.int32)}))
     caught = {one.name.removeprefix("moe_layers/0/"): one for one in operands}
     assert set(caught) == {f"self_attn/{n}" for n in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")} | {
         f"mlp/{who}/{n}" for who in ("experts", "shared_experts") for n in ("gate_up_proj", "down_proj")
