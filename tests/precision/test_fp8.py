@@ -20,6 +20,7 @@ from dsv3_jax.precision import (
     weight_gradient,
 )
 from pallas_kernels import quantize_blocks
+from tests import draw
 
 # e4m3 has 3 mantissa bits: rounding to the nearest moves a value by at most 2^-4 of itself, 2.6% in the mean square. The errors of a
 # product's two operands are independent and sums of many terms keep their ratio, so that n roundings give at most sqrt(n) · 2^-4 of the
@@ -38,7 +39,18 @@ def error(ours, exact):
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return draw.normal(seed, *shape).astype(dtype)
+
+
+def passes(function, operands, dy):
+    """(function(*operands), the vector dy times its derivative), in one program."""
+
+    @jax.jit
+    def run(operands, dy):
+        y, vjp = jax.vjp(function, *operands)
+        return y, vjp(dy)
+
+    return run(operands, dy)
 
 
 def within(name, ours, exact):
@@ -50,8 +62,7 @@ def within(name, ours, exact):
 @pytest.mark.parametrize("t, n, k", [(256, 256, 384), (72, 200, 136)])  # the second: no width is a multiple of 128
 def test_linear_and_its_gradients_against_float64(t, n, k, scales):
     x, w, dy = normal(0, t, k), normal(1, n, k, dtype=jnp.float32), normal(2, t, n)
-    y, vjp = jax.vjp(lambda x, w: linear(x, w, recipe=FP8_REFERENCE, scales=scales), x, w)
-    dx, dw = vjp(dy)
+    y, (dx, dw) = passes(lambda x, w: linear(x, w, recipe=FP8_REFERENCE, scales=scales), (x, w), dy)
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     within("y", y, f64(x) @ f64(w).T)
     within("dx", dx, f64(dy) @ f64(w))
@@ -61,8 +72,8 @@ def test_linear_and_its_gradients_against_float64(t, n, k, scales):
 def test_gradients_of_a_mean_over_many_tokens_are_not_lost():
     """A loss averaged over 2^30 tokens gives the same gradients, times 2^-30, bit for bit."""
     x, w, dy = normal(0, 64, 256), normal(1, 128, 256, dtype=jnp.float32), normal(2, 64, 128)
-    vjp = jax.vjp(lambda x, w: linear(x, w, recipe=FP8_REFERENCE), x, w)[1]
-    for large, small in zip(vjp(dy), vjp(dy * 2.0**-30)):
+    vjp = jax.jit(lambda dy: jax.vjp(lambda x, w: linear(x, w, recipe=FP8_REFERENCE), x, w)[1](dy))
+    for large, small in zip(vjp(dy), vjp(dy * jnp.bfloat16(2.0**-30))):
         np.testing.assert_array_equal(f64(large), f64(small) * 2.0**30)
 
 
@@ -71,12 +82,11 @@ def test_gate_and_up_of_experts_against_float64(f, k, sizes):
     rows, experts = sum(sizes) + 8, len(sizes)  # rows past the last group give zeros, and get no gradient
     x, w, dy = normal(0, rows, k), normal(1, experts, 2, f, k, dtype=jnp.float32), normal(2, rows, 2 * f)
 
-    @jax.jit
-    def passes(x, w, sizes, dy):
-        y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, sizes, recipe=FP8_REFERENCE), x, w)
-        return y, *vjp(dy)
+    @jax.jit  # outside of it sizes must add up
+    def run(groups, x, w, dy):
+        return passes(lambda x, w: grouped_linear(x, w, groups, recipe=FP8_REFERENCE), (x, w), dy)
 
-    y, dx, dw = passes(x, w, jnp.array(sizes, jnp.int32), dy)
+    y, (dx, dw) = run(np.array(sizes, np.int32), x, w, dy)
     ends = np.cumsum(sizes)
     expected = {"y": np.zeros((rows, 2 * f)), "dx": np.zeros((rows, k)), "dw": np.zeros((experts, 2, f, k))}
     for e, (start, end) in enumerate(zip(ends - sizes, ends)):
@@ -92,11 +102,11 @@ def test_gate_and_up_of_experts_against_float64(f, k, sizes):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_swiglu_linear_against_float64(grouped):
     t, f, n = 192, 200, 160
-    gate_up, dy, weights = normal(0, t, 2 * f), normal(2, t, n), jax.random.uniform(jax.random.key(3), (t,), minval=0.1)
+    gate_up, dy, weights = normal(0, t, 2 * f), normal(2, t, n), np.random.default_rng(3).uniform(0.1, 1, t).astype(np.float32)
     w = normal(1, *([2] if grouped else []), n, f, dtype=jnp.float32)
-    sizes = jnp.array([120, 72]) if grouped else None
-    y, vjp = jax.vjp(lambda *a: swiglu_linear(a[0], a[1], sizes, a[2], recipe=FP8_REFERENCE), gate_up, w, weights)
-    ours = dict(zip(("gate_up", "w", "weights"), vjp(dy)), y=y)
+    sizes = np.array([120, 72], np.int32) if grouped else None
+    y, gradients = passes(lambda *a: swiglu_linear(a[0], a[1], sizes, a[2], recipe=FP8_REFERENCE), (gate_up, w, weights), dy)
+    ours = dict(zip(("gate_up", "w", "weights"), gradients), y=y)
 
     def exact(gate_up, w, weights):
         gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -104,8 +114,8 @@ def test_swiglu_linear_against_float64(grouped):
         return jnp.concatenate([hidden[:120] @ w[0].T, hidden[120:] @ w[1].T]) if grouped else hidden @ w.T
 
     with jax.enable_x64(True):
-        y, vjp = jax.vjp(exact, *(jnp.asarray(f64(a)) for a in (gate_up, w, weights)))
-        exact_values = dict(zip(("gate_up", "w", "weights"), vjp(jnp.asarray(f64(dy)))), y=y)
+        y, gradients = passes(exact, tuple(f64(a) for a in (gate_up, w, weights)), f64(dy))
+        exact_values = dict(zip(("gate_up", "w", "weights"), gradients), y=y)
     # The backward pass starts from gate_up rounded to e4m3: one more rounding than a linear has for each of gate and up.
     bounds = {"y": np.sqrt(2), "w": np.sqrt(4), "gate_up": np.sqrt(4), "weights": np.sqrt(5)}
     for name, rounded in bounds.items():
@@ -140,9 +150,9 @@ def test_taps_give_the_same_weight_gradient_bit_for_bit(grouped):
 def test_a_weight_quantised_beforehand_gives_the_same_bits():
     x, w, dy = normal(0, 64, 136), normal(1, 2, 72, 136, dtype=jnp.float32), normal(2, 64, 144)
     at_hand = FP8Weight.of(quantize_blocks(w), parts=2)
-    at_once = jax.vjp(lambda x, w: linear(x, w, recipe=FP8_REFERENCE), x, w)
-    before = jax.vjp(lambda x, w: linear(x, at_hand._replace(master=w), recipe=FP8_REFERENCE), x, w)
-    for ours, expected in zip(jax.tree.leaves((before[0], before[1](dy))), jax.tree.leaves((at_once[0], at_once[1](dy)))):
+    at_once = passes(lambda x, w: linear(x, w, recipe=FP8_REFERENCE), (x, w), dy)
+    before = passes(lambda x, w: linear(x, at_hand._replace(master=w), recipe=FP8_REFERENCE), (x, w), dy)
+    for ours, expected in zip(jax.tree.leaves(before), jax.tree.leaves(at_once)):
         np.testing.assert_array_equal(f64(ours), f64(expected))
 
 
@@ -152,18 +162,18 @@ def test_rows_quantised_beforehand_pass_their_gradient_through():
     def loss(x, enter):
         return jnp.sum(grouped_linear(enter(x), w, sizes, recipe=FP8_REFERENCE, scales=POW2).astype(jnp.float32) ** 2)
 
-    late = jax.grad(loss)(x, lambda x: x)
-    early = jax.grad(loss)(x, lambda x: quantise(x, FP8_REFERENCE, True))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    late, early = gradient(x, lambda x: x), gradient(x, lambda x: quantise(x, FP8_REFERENCE, True))
     assert np.any(f64(late))
     np.testing.assert_array_equal(f64(late), f64(early))
 
 
 def test_overflow_is_counted_in_input_and_gradient():
     x, w, dy = normal(0, 16, 384), normal(1, 128, 384, dtype=jnp.float32), normal(2, 16, 128)
-    x = x.at[3, 5].set(jnp.nan).at[3, 7].set(jnp.inf).at[4, 300].set(-jnp.inf)  # in two tiles
-    dy = dy.at[0, 0].set(jnp.inf)
-    vjp = jax.vjp(lambda count: linear(x, w, recipe=FP8_REFERENCE, overflow=count), jnp.zeros(2))[1]
-    np.testing.assert_array_equal(vjp(dy)[0], [2, 1])
+    x[3, 5], x[3, 7], x[4, 300] = np.nan, np.inf, -np.inf  # in two tiles
+    dy[0, 0] = np.inf
+    _, (count,) = passes(lambda count: linear(x, w, recipe=FP8_REFERENCE, overflow=count), (np.zeros(2, np.float32),), dy)
+    np.testing.assert_array_equal(count, [2, 1])
 
 
 def test_the_hopper_recipe_refuses_other_devices_by_name():

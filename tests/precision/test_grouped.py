@@ -11,15 +11,15 @@ import pytest
 
 from dsv3_jax.precision import BF16, FLOAT32, grouped, grouped_linear
 from pallas_kernels import aot
+from tests import draw
 
 SIZES = [100, 0, 43]  # of 150 rows: the last seven belong to no group
 ROWS, EXPERTS, N, K = 150, 3, 72, 136
 
 
 def operands(dtype):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, w, dy = (jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, ((ROWS, K), (EXPERTS, N, K), (ROWS, N))))
-    return x, w, dy, jnp.array(SIZES, jnp.int32)
+    x, w, dy = (draw.normal(seed, *shape).astype(dtype) for seed, shape in enumerate(((ROWS, K), (EXPERTS, N, K), (ROWS, N))))
+    return x, w, dy, np.array(SIZES, np.int32)
 
 
 def f64(x):
@@ -43,9 +43,10 @@ def near(ours, expected, bound):
 def test_plain_products(recipe, bound):
     x, w, dy, sizes = operands(recipe.compute_dtype)
     y, dx, dw = exact(x, w, dy)
-    near(grouped.grouped_matmul(x, w, sizes, recipe), y, bound)
-    near(grouped.grouped_matmul(dy, w, sizes, recipe, transposed=False), dx, bound)
-    near(grouped.grouped_matmul_weight_gradient(x, dy, sizes, recipe), dw, 1e-6)
+    matmul = jax.jit(grouped.grouped_matmul, static_argnums=3, static_argnames="transposed")
+    near(matmul(x, w, sizes, recipe), y, bound)
+    near(matmul(dy, w, sizes, recipe, transposed=False), dx, bound)
+    near(jax.jit(grouped.grouped_matmul_weight_gradient, static_argnums=3)(x, dy, sizes, recipe), dw, 1e-6)
 
 
 @functools.partial(jax.jit, static_argnums=0)
