@@ -299,7 +299,10 @@ def _load(config, problem, operands, tiles, arrays, smem):
             slot = lax.rem(step, stages)
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
             for name, source in operands.copies(config, problem, unit, n, i, *arrays).items():
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full.at[slot], **shared.get(name, {}))
+                to = smem[name].at[slot]
+                if source.shape[0] < to.shape[0]:
+                    to = to.at[pl.ds(0, source.shape[0])]
+                plgpu.copy_gmem_to_smem(source, to, full.at[slot], **shared.get(name, {}))
             return step + 1
 
         return lax.fori_loop(0, unit.steps, load_block, step)

@@ -41,7 +41,11 @@ class Scaled:
         """What step i of a tile loads: for each part of a stage its source in global memory."""
         block = unit.block + i
         k, a_at, b_at = pl.ds(block * BLOCK, BLOCK), problem.at("a", unit), problem.at("b", unit)
-        a_rows, b_rows = pl.ds(unit.row8 * ROWS, config.tile_m), pl.ds(n * config.tile_n, config.tile_n)
+        # Where `a` has fewer rows than a tile, only those are loaded: TMA takes longer for rows that are not there. The product of what the
+        # other rows of the stage hold is not stored.
+        share = ROWS * (config.cluster if config.multicast == "a" else 1)
+        a_rows = pl.ds(unit.row8 * ROWS, min(config.tile_m, -(-a.shape[-2] // share) * share))
+        b_rows = pl.ds(n * config.tile_n, config.tile_n)
         if self.b_kind == "tiles":
             b_scales = sb.at[block, b_rows]
         else:

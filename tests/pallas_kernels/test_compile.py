@@ -130,6 +130,12 @@ def test_checked_in_choices_are_of_known_ops():
             tuning.Config(**entry["config"])
 
 
+def test_every_dense_shape_has_a_measured_choice_of_its_kind():
+    """The nearest one may be for another number of row tiles: 4096 x 7168 with 64 rows once took a tile of 128."""
+    measured = {(e["m"], e["n"], e["k"]) for e in tuning._measured("NVIDIA H100 80GB HBM3") if e["op"] == "matmul" and e["num_sms"] == 132}
+    assert measured >= {(m, n, k) for m in (64, 128, 4096) for n, k in dense_shapes.NK}
+
+
 def test_any_number_of_rows_finds_a_choice_and_fewer_sms_the_same(monkeypatch):
     """Choices of one op, n and k hold for every m of the same kind of row tiles, for any number of SMs, and on a card without data."""
     entries = [
