@@ -1,5 +1,6 @@
 """A run of seconds, for tests that start train.py: its corpus and its recipe."""
 
+import os
 from pathlib import Path
 
 RECIPE = """
@@ -17,6 +18,12 @@ def recipe():
         sequence_length=32, remat="none", {fields},
     )
 """
+
+
+def one_device() -> dict:
+    """The environment of a command that sees one CPU device and compiles fast. Such commands find each other's programs."""
+    others = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return others | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def write_corpus(folder: Path) -> Path:

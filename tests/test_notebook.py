@@ -9,23 +9,25 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.micro import one_device, write_recipe
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "mini"
-    corpus = ROOT / "dsv3_jax"
-    model = "--model.vocab-size 512 --model.hidden-size 32 --model.num-hidden-layers 2 --model.intermediate-size 64"
-    options = f"tiny {model} --data.corpus {corpus} --workdir {directory} --steps 4 --batch-size 2 --sequence-length 64 --eval-every 2"
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", *options.split()], cwd=ROOT, env=one_device, capture_output=True, text=True)
+    """The model and batch of tests/test_train_command.py, so that their programs are compiled once."""
+    folder = tmp_path_factory.mktemp("notebook")
+    directory, recipe = folder / "run", write_recipe(folder, steps=4, batch_size=4, eval_every=2)
+    command = [sys.executable, ROOT / "train.py", recipe, "--workdir", directory]
+    done = subprocess.run(command, cwd=ROOT, env=one_device(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return directory
 
 
 def test_quickstart(run, monkeypatch):
     monkeypatch.setenv("RUN", str(run))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()

@@ -29,6 +29,7 @@ from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision import FLOAT32
 from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer
+from tests import draw
 
 MODEL = ModelConfig(
     vocab_size=96,
@@ -66,8 +67,8 @@ def train(mesh: str, dtype: str) -> tuple[list[dict], dict, dict, Trainer]:
     sizes = meshes.parse(mesh)
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     trainer = Trainer(Decoder(MODEL, FLOAT32, remat="norms_and_up"), config, meshes.make(mesh, devices))
-    # Parameters are drawn in one precision and on one device, so that every run starts from the same ones.
-    params = jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)), jax.jit(trainer.spread.decoder(1.0).init)(jax.random.key(0)))
+    # Parameters are drawn in one precision, so that every run starts from the same ones.
+    params = jax.tree.map(lambda p: p.astype(dtype), draw.parameters(trainer.spread.decoder(1.0)))
     state = jax.jit(trainer.init, out_shardings=trainer.shardings)(params)
     scheduled, rng, history = Scheduled(1e-3, 0.3, 1e-3), np.random.default_rng(0), []
     for step in range(STEPS):

@@ -15,6 +15,7 @@ from dsv3_jax.config import OptimizerConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.training.step import Trainer, TrainState
+from tests import draw
 from tests.micro import write_recipe
 from tests.parallel.compare_meshes import MODEL
 
@@ -33,8 +34,8 @@ def items(state: TrainState) -> dict:
 
 def test_every_mesh_reads_what_another_wrote(tmp_path):
     trainer = trainer_on("data=2,expert=2")
-    params = jax.jit(Decoder(MODEL).init, out_shardings=trainer.shardings.params)(jax.random.key(0))
-    expected = jax.device_get(params)
+    expected = draw.parameters(Decoder(MODEL))
+    params = jax.device_put(expected, trainer.shardings.params)
     down = params["moe_layers"]["mlp"]["experts"]["down_proj"]
     assert down.addressable_shards[0].data.size * 4 == down.size  # experts over `expert`, masters over `data`
     state = jax.jit(trainer.init, out_shardings=trainer.shardings)(params)
