@@ -5,6 +5,7 @@ relative on gradients; experts and tokens exactly.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from dsv3_jax.model.moe import exchange_locally
 
 V3 = ["tiny_s_plain", "tiny_s_yarn_mtp"]
 V2_AND_MOONLIGHT = ["tiny_v2_lite", "tiny_v2", "tiny_moonlight"]
+# Tests compile with less of LLVM's work (tests/conftest.py), which must not be what makes them pass.
+AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 class Recorder:
@@ -99,18 +102,19 @@ def test_hidden_states_and_routers_of_every_layer(reference, name):
         close(weights, expected[f"router_w_layer{layer}_ids48"], 1e-5)
 
 
-@pytest.mark.parametrize("name", [*V3, "tiny_e_fp8_mtp"])
+# The tokens of the other two: tests/serving/test_engine.py.
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in V3), "tiny_e_fp8_mtp"])
 def test_greedy_tokens(reference, name):
     model, expected = reference(name)
     tokens = model.generate(expected["prompts"].tolist(), max_new_tokens=32, ignore_eos=True)
     np.testing.assert_array_equal(tokens, expected["greedy_tokens"])
 
 
-def losses_and_gradients(model, ids):
+def losses_and_gradients(model, ids, **compiler_options):
     """A function of two weights: (terms, loss, gradient of weight · loss + weight · main term). One program for both gradients."""
     batch = {"tokens": ids}
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(params, of_loss, of_main):
         def both(params):
             loss, terms = model.loss(params, batch)
@@ -125,7 +129,7 @@ def losses_and_gradients(model, ids):
 @pytest.mark.parametrize("name", V3)
 def test_loss_and_gradients(reference, name):
     model, expected = reference(name)
-    run = losses_and_gradients(model, expected["ids48"])
+    run = losses_and_gradients(model, expected["ids48"], **(AS_USERS_COMPILE if name == "tiny_s_yarn_mtp" else {}))
     terms, loss, gradients = run(0, 1)
     close(terms["main"], expected["lm_loss_ids48"], 1e-5)
     gradients = by_name(model.config, gradients)
