@@ -11,6 +11,7 @@ os.environ.setdefault("NPROC", "32")  # the interpreter runs each simulated warp
 @pytest.fixture(params=["reference", "hopper"])
 def implementation(request):
     """A function that turns the name of a product into its reference, or into its kernel in the interpreter with a given Config."""
+    import jax
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.gemm import Config
@@ -28,10 +29,10 @@ def implementation(request):
 
     def find(op, config=None, num_sms=2):
         function = next(getattr(module, op) for module in modules if hasattr(module, op))
-        if request.param == "reference":
-            return function
-        config = config or Config(64, 64, 2)
-        return functools.partial(function, num_sms=num_sms, config=config, interpret=plgpu.InterpretGPUParams())
+        if request.param == "hopper":
+            config = config or Config(64, 64, 2)
+            function = functools.partial(function, num_sms=num_sms, config=config, interpret=plgpu.InterpretGPUParams())
+        return lambda *operands, **options: jax.jit(functools.partial(function, **options))(*operands)
 
     find.name = request.param
     return find
