@@ -351,9 +351,13 @@ def test_sigterm_lets_answers_finish(plain):
         "--port",
         port,
         "--max-batch",
-        1,
+        8,
         "--max-length",
+        256,
+        "--prefill-tokens",
         64,
+        "--cache-tokens",
+        1024,  # the shapes of the other tests, whose programs it finds
         "--model-name",
         "tiny",
     ]
@@ -361,13 +365,13 @@ def test_sigterm_lets_answers_finish(plain):
     try:
         assert any("serving tiny" in line for line in process.stderr), "it ended before it served"
         url = f"http://127.0.0.1:{port}/v1/completions"
-        body = {"prompt": [5], "max_tokens": 60, "ignore_eos": True, "n": 8, "stream": True}  # one after the other
+        body = {"prompt": [5], "max_tokens": 60, "ignore_eos": True, "n": 12, "stream": True}  # four wait for others to end
         with httpx.stream("POST", url, json=body, timeout=60) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and sum('"finish_reason": "length"' in line for line in rest) == 8
+        assert rest[-1] == "data: [DONE]" and sum('"finish_reason": "length"' in line for line in rest) == 12
         assert process.wait(20) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.post(url, json=body)
