@@ -30,10 +30,10 @@ def quantized(name, q, kind, ndim):
         raise ValueError(f"{name}: {error}") from None
 
 
-def floating(name, x, ndim=None):
+def floating(name, x, ndim=None, sizes=(2, 4)):
     ok = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) and (x.ndim >= 2 if ndim is None else x.ndim == ndim)
     expect(ok, name, x, "a floating-point array with " + ("at least two axes" if ndim is None else f"{ndim} axes"))
-    expect(x.dtype.itemsize in (2, 4), name, x, "bfloat16, float16 or float32")
+    expect(x.dtype.itemsize in sizes, name, x, "bfloat16, float16 or float32")
     expect(all(x.shape), name, x, "no empty axis")
 
 

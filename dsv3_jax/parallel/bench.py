@@ -6,9 +6,9 @@
 
 `exchange` quantises, permutes, sends, sorts by expert and brings the rows back; only rows that a token needs count, padding does not.
 `step` trains on the standard library's sources; losses of different meshes are comparable. A fresh router is far from balance, and buffers
-are large for it: `--settle 45 --size 1.26` measures what comes after the first hundred steps of a run. `overlap` runs the pipeline's
-executor on one rank, whose steady state is fused forwards and backwards. Communication is what NCCL's kernels take; it is exposed while no
-other kernel runs on the device. With NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
+are large for it: `--settle 45 --size 1.26 --learning-rate 0` measures what comes once the bias has balanced it. `overlap` runs the
+pipeline's executor on one rank, whose steady state is fused forwards and backwards. Communication is what NCCL's kernels take; it is
+exposed while no other kernel runs on the device. With NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
 """
 
 import argparse
@@ -257,7 +257,7 @@ def step(options) -> Callable[[], None]:
     lowered = [trainer.jitted(size).lower(state, batch, scheduled)]
     if options.settle:
         few = like({"tokens": batches[0][: options.rows // 4]}, {"tokens": trainer.batch_sharding})
-        lowered.append(trainer.jitted(first).lower(state, few, scheduled))
+        lowered.append(trainer.jitted(2 * first).lower(state, few, scheduled))  # a step without room would not teach the bias
     with ThreadPoolExecutor(2) as pool:
         compiled, *settling = pool.map(lambda one: _compile(one, options), lowered)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
@@ -270,7 +270,7 @@ def step(options) -> Callable[[], None]:
             few = put(batches[i % len(batches)][: options.rows // 4])
             state, metrics = settling[0](state, few, Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
         if options.settle:
-            print(f"settled: fill {float(metrics['fill']):.2f} of buffers of {first:.2f}", flush=True)
+            print(f"settled: fill {float(metrics['fill']):.2f} of buffers of {2 * first:.2f}", flush=True)
         for i in range(options.steps):
             if i == 2:
                 jax.block_until_ready(state)
@@ -402,7 +402,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--schedule", default="dualpipev", choices=KINDS)
     group.add_argument("--steps", type=int, default=10)
     group.add_argument("--learning-rate", type=float, default=3e-4)
-    group.add_argument("--settle", type=int, default=0, help="short steps before, with first buffers; only the router's bias learns")
+    group.add_argument("--settle", type=int, default=0, help="short steps before, with larger buffers; only the router's bias learns")
     group = parser.add_argument_group("overlap")
     group.add_argument("--num-sms", type=int, help="for products; all by default")
     group.add_argument("--layers", type=int, default=4)

@@ -147,6 +147,7 @@ class Rank:
         branches = [self._branch(name) for name in self.table.actions]
         columns = {name: jnp.asarray(column)[:, self.index] for name, column in _columns(self.table).items()}
         columns["loss_microbatch"] = jnp.asarray(self._loss_microbatches())
+        columns["sends"] = jnp.asarray(self.table.sends.any(axis=(1, 2)))
         (_, sums), _ = lax.scan(lambda carry, row: (self._tick(branches, *carry, row), None), (rings, sums), columns)
         return sums
 
@@ -198,25 +199,32 @@ class Rank:
             of_loss.append(dy_BSD)
 
         forward, backward = rings.forward, rings.backward
-        for p, (arrived, cotangent) in enumerate(self._exchange(writes, of_loss)):
+        for p, (arrived, cotangent) in enumerate(self._exchange(row["sends"], writes, of_loss)):
             forward = _write(forward, row["keep_forward"][p], arrived)
             backward = _write(backward, row["keep_backward"][p], cotangent)
         kept = self._kept.write(rings.kept, row["f_residual"], self.table.residual_slots, writes.kept)
         stash = self._stash.write(rings.stash, row["b_stash"], self.table.stash_slots, writes.stash)
         return Rings(forward, backward, kept, stash), sums
 
-    def _exchange(self, writes: Writes, of_loss: list[jax.Array | None]) -> list[tuple[jax.Array, jax.Array]]:
-        """For each chunk the input of its forward and the cotangent of its output that come from where the schedule says. of_loss: for
-        each chunk the cotangent from the output loss."""
+    def _exchange(self, sends: jax.Array, writes: Writes, of_loss: list[jax.Array | None]) -> list[tuple[jax.Array, jax.Array]]:
+        """For each chunk the input of its forward and the cotangent of its output that come from where the schedule says. sends: whether
+        any rank sends in this tick. of_loss: for each chunk the cotangent from the output loss."""
         y, dx = writes.y_BSD, writes.dx_BSD
         ranks = self.table.schedule.num_ranks
         down, up = [(r, r + 1) for r in range(ranks - 1)], [(r + 1, r) for r in range(ranks - 1)]
-        if len(self.stages) == 1:
-            arrived = [(lax.ppermute(y, "pipe", down), lax.ppermute(dx, "pipe", up))]
-        else:
+
+        def neighbours(y, dx):
+            if len(self.stages) == 1:
+                return [(lax.ppermute(y, "pipe", down), lax.ppermute(dx, "pipe", up))]
             both = jnp.stack([y, dx])
-            from_above, from_below = lax.ppermute(both, "pipe", down), lax.ppermute(both, "pipe", up)
-            arrived = [(from_above[0], from_below[1]), (from_below[0], from_above[1])]
+            if ranks == 2:  # the neighbour above is the one below
+                from_above = from_below = lax.ppermute(both, "pipe", down + up)
+            else:
+                from_above, from_below = lax.ppermute(both, "pipe", down), lax.ppermute(both, "pipe", up)
+            return [(from_above[0], from_below[1]), (from_below[0], from_above[1])]
+
+        nothing = lambda y, dx: [(jnp.zeros_like(y), jnp.zeros_like(dx)) for _ in self.stages]  # noqa: E731
+        arrived = lax.cond(sends, neighbours, nothing, y, dx)
 
         def own(rank, value, otherwise):
             return otherwise if rank is None else jnp.where(self.index == rank, value, otherwise)
