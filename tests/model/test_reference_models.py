@@ -17,7 +17,9 @@ from dsv3_jax.hub.names import tensors_of
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import exchange_locally
 
-V3 = ["tiny_s_plain", "tiny_s_yarn_mtp"]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# The second has all that the first has, and its logits and the tests of Moonlight, which has neither YaRN nor MTP, are quick.
+V3 = [slow("tiny_s_plain"), "tiny_s_yarn_mtp"]
 V2_AND_MOONLIGHT = ["tiny_v2_lite", "tiny_v2", "tiny_moonlight"]
 # Tests compile with less of LLVM's work (tests/conftest.py), which must not be what makes them pass.
 AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
@@ -81,8 +83,8 @@ def close(actual, expected, tolerance):
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", V3)
-@pytest.mark.parametrize("ids", ["ids48", "ids200"])
+@pytest.mark.parametrize("name", ["tiny_s_plain", "tiny_s_yarn_mtp"])
+@pytest.mark.parametrize("ids", [slow("ids48"), "ids200"])  # hidden states of every layer are of ids48
 def test_logits(reference, name, ids):
     model, expected = reference(name)
     close(model(expected[ids]), expected[f"logits_{ids}"], 1e-4)
@@ -103,7 +105,7 @@ def test_hidden_states_and_routers_of_every_layer(reference, name):
 
 
 # The tokens of the other two: tests/serving/test_engine.py.
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in V3), "tiny_e_fp8_mtp"])
+@pytest.mark.parametrize("name", [slow("tiny_s_plain"), slow("tiny_s_yarn_mtp"), "tiny_e_fp8_mtp"])
 def test_greedy_tokens(reference, name):
     model, expected = reference(name)
     tokens = model.generate(expected["prompts"].tolist(), max_new_tokens=32, ignore_eos=True)
@@ -171,7 +173,8 @@ def test_mtp_on_hidden_states_before_the_final_norm(reference):
     close(dsv3_jax.Model(config, model.params).mtp(expected["ids48"]), expected["mtp_logits_prenorm_h_ids48"], 1e-4)
 
 
-@pytest.mark.parametrize("weights", ["stored", "dequantised"])
+# Dequantised it is in tests/serving/test_engine.py.
+@pytest.mark.parametrize("weights", ["stored", slow("dequantised")])
 def test_fp8_checkpoint(reference, weights):
     model, expected = reference("tiny_e_fp8_mtp", weights=weights)
     close(model(expected["ids48"]), expected["logits_ids48"], 1e-4)

@@ -20,7 +20,8 @@ WEIGHTS = sorted({key.split("/")[1] for key in VECTORS.files if key.startswith("
 
 
 def interpreted(op):
-    return functools.partial(getattr(hopper, op), interpret=plgpu.InterpretGPUParams())
+    kernel = functools.partial(getattr(hopper, op), interpret=plgpu.InterpretGPUParams())
+    return lambda *operands, **options: jax.jit(functools.partial(kernel, **options))(*operands)
 
 
 def on_gpu(op):
@@ -39,6 +40,9 @@ EVERY = pytest.mark.parametrize(
 REFERENCE_AND_GPU = pytest.mark.parametrize("find", [*EVERY.args[1][::2]])
 
 
+dequantized = jax.jit(pk.Quantized.dequantize)
+
+
 def codes(q):
     return np.asarray(q.values).view(np.uint8)
 
@@ -52,7 +56,7 @@ def test_tiles_equal_the_vectors(find, case, pow2):
     np.testing.assert_array_equal(q.scales(), VECTORS[want + "scale"])
     np.testing.assert_array_equal(codes(q), VECTORS[want + "q_u8"])
     if want + "dequant" in VECTORS:
-        np.testing.assert_array_equal(q.dequantize(), VECTORS[want + "dequant"])
+        np.testing.assert_array_equal(dequantized(q), VECTORS[want + "dequant"])
 
 
 @pytest.mark.parametrize("pow2", [False, True])
@@ -114,7 +118,7 @@ def numpy_blocks(w, pow2):
 
 def close(q, want):
     """Equal to the wanted values within one e4m3 rounding (2^-4 of the value), scales to 1e-5."""
-    got = np.asarray(q.dequantize(), np.float64)
+    got = np.asarray(dequantized(q), np.float64)
     assert np.all(
         np.abs(got - want) <= np.abs(want) * 2**-4 + np.repeat(np.asarray(q.scales()), 128, axis=-1)[..., : want.shape[-1]] * 2**-9
     )
@@ -149,7 +153,7 @@ def test_swiglu_backward(find, sizes, weighted):
     groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
     d_gate_up, hidden, d_weights = find("swiglu_backward")(q, dy, weights, groups)
 
-    gate, up = np.split(np.asarray(q.dequantize(), np.float64), 2, axis=-1)
+    gate, up = np.split(np.asarray(dequantized(q), np.float64), 2, axis=-1)
     d, w = np.asarray(dy, np.float64), np.asarray(weights, np.float64)[:, None] if weighted else 1.0
     silu = lambda gate: gate / (1 + np.exp(-gate))  # noqa: E731
     step = 1e-5
@@ -165,7 +169,7 @@ def test_swiglu_backward(find, sizes, weighted):
     for size in sizes or [tokens]:
         laid_out[:, start : start + size] = (w * silu(gate) * up)[row : row + size].T
         start, row = start + -(-size // 128) * 128, row + size
-    got = np.asarray(hidden.dequantize(), np.float64)
+    got = np.asarray(dequantized(hidden), np.float64)
     assert np.all(np.abs(got - laid_out) <= np.abs(laid_out) * (2**-4 + 2**-7) + np.repeat(hidden.scales(), 128, axis=-1) * 2**-9)
 
 
@@ -191,7 +195,7 @@ def test_transposed(find, op, sizes):
         x = np.asarray(x, np.float32)
     else:
         source = pk.quantize_tiles(x)
-        q, x = find(op)(source, groups), np.asarray(source.dequantize())
+        q, x = find(op)(source, groups), np.asarray(dequantized(source))
     want = np.zeros((136, q.shape[1]))
     start = row = 0
     for size in sizes or [tokens]:
