@@ -60,22 +60,21 @@ class Balancer:
             weights |= add_slots(dict(weights), held, self._ranks.mesh)
             self._change(layer, first.reshape(-1))
         self._bytes_per_expert = sum(leaf.nbytes // leaf.shape[0] for name, leaf in self._experts(0).items() if name != "slots")
-        self._counted: jax.Array | float = 0.0  # tokens of each expert in this interval, [layers, experts] on the devices,
-        self._load: np.ndarray | None = None  # and of the last one
+        self._counted = np.zeros((layers, experts), np.int32)  # tokens of each expert up to this interval
+        self._load: np.ndarray | None = None  # and in the last one
         self._planned = layers  # layers of the plan that is being made; all: none is
 
     def after_step(self, load_LE: jax.Array) -> None:
-        """Call after each step with the tokens of each expert: counts them, and now and then plans a layer."""
+        """Call after each step with the tokens of each expert so far (`Runner.load_LE`): now and then plans a layer."""
         self._steps += 1
-        if self._interval:
-            self._counted = _add(self._counted, load_LE)
         if self._planned < len(self.plan):
             self._plan_layer(self._planned)
             self._planned += 1
             if self._planned == len(self.plan):
                 self._report()
         elif self._interval and self._steps % self._interval == 0:
-            self._load, self._counted = np.asarray(self._counted), 0.0
+            before, self._counted = self._counted, np.array(load_LE)
+            self._load = (self._counted - before).astype(np.float64)  # what has run over comes back
             if self._load.any():
                 self._average = eplb.moving_average(self._average, self._load)
                 self.stats = self.stats._replace(imbalance=self._imbalance())
@@ -127,6 +126,3 @@ def check(config: ModelConfig, ranks: Ranks, redundant: int) -> None:
     if redundant < 0 or redundant % parts:
         nearest = max(0, round(redundant / parts) * parts)
         raise UserError(f"{redundant} redundant experts do not divide over expert={parts}: the nearest is {nearest}")
-
-
-_add = jax.jit(lambda a, b: a + b)

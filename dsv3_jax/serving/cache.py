@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -96,7 +97,7 @@ class PagePool:
         self._users[page] = 1
         return page
 
-    def fetch(self, pages: list[int], keys: list[bytes]) -> int:
+    def fetch(self, pages: Sequence[int], keys: list[bytes]) -> int:
         """Fills new pages with the longest prefix of `keys` that the host has; how many those are."""
         slots = self.host.find(keys) if self.host else []
         for page, key, slot in zip(pages, keys, slots):
@@ -110,7 +111,7 @@ class PagePool:
             del self._free[self.rank_of(page)][page]
         self._users[page] += 1
 
-    def release(self, pages: list[int]) -> None:
+    def release(self, pages: Sequence[int]) -> None:
         """One user less of each. The end of a prefix becomes free, and is overwritten, before its beginning."""
         for page in reversed(pages):
             self._users[page] -= 1

@@ -167,10 +167,11 @@ def measure(engine: Engine, batch: int, context: int, calls: int, bandwidth: flo
     requests = fill(engine, batch, context, 4 * calls + 4)
     work = Work(requests, [engine.runner.decode_width] * batch, [context - 1] * batch, [False] * batch, None, [0] * batch)
     launch = lambda: engine.runner.run(work, {})  # noqa: E731
-    result = jax.block_until_ready(launch())
+    before = np.array(engine.runner.load_LE)
+    jax.block_until_ready(launch())
+    touched = int(np.sum(np.array(engine.runner.load_LE) > before))
     step = per_call(lambda: launch().sampled, calls)
     milliseconds, count = kernels(lambda: launch().sampled)
-    touched = int(np.sum(np.asarray(result.load_LE) > 0))
     num_bytes, flop = decode_floor(engine, batch, context, touched)
     floor = max(num_bytes / bandwidth, flop / PEAK["bf16"])
 

@@ -184,7 +184,7 @@ class Engine:
             self.pool.transfers = []
         self._running = (work, self.runner.run(work, self._bias(work))) if work else None
         if work and self.balancer:
-            self.balancer.after_step(self._running[1].load_LE)
+            self.balancer.after_step(self.runner.load_LE)
         return [self._emit(step) for step in self._collect(*before)] if before else []
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:
@@ -208,7 +208,8 @@ class Engine:
     def _collect(self, work: Work, result: Result) -> list[_Step]:
         """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
         sampled, counts, drafts = jax.tree.map(np.asarray, (tuple(result.sampled), result.counts, result.drafts))
-        drawn, steps = sampled[0].tolist(), []
+        drawn, counts, drafts = jax.tree.map(np.ndarray.tolist, (sampled[0], counts, drafts))
+        steps = []
         for index, request, count in self.scheduler.landed(work):
             row = result.rows[index]
             if work.prefill:
@@ -218,7 +219,7 @@ class Engine:
                     continue
             elif self.runner.speculate:
                 self.stats.drafted += 1
-                self.stats.accepted += int(counts[row]) - 1
+                self.stats.accepted += counts[row] - 1
             tokens, reason = [], None
             for token in drawn[row][: 1 if counts is None else counts[row]]:
                 tokens.append(token)
@@ -232,7 +233,7 @@ class Engine:
                 if reason:
                     break
             self.stats.generated_tokens += len(tokens)
-            request.draft = None if drafts is None else int(drafts[row])
+            request.draft = None if drafts is None else drafts[row]
             self.scheduler.cached(request, len(request.tokens) - 1)
             if reason:
                 self.scheduler.finish(request, reason)

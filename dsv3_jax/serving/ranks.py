@@ -87,12 +87,13 @@ class Ranks:
             return params
         return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(self.mesh, spec)), params, self.param_specs(params))
 
-    def put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
-        """A host array where a step uses it."""
-        return jax.device_put(array, NamedSharding(self.mesh, spec) if self.mesh else None)
+    def put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array | np.ndarray:
+        """A host array where a step uses it; one device gets it with the program's call, which is quicker."""
+        return jax.device_put(array, NamedSharding(self.mesh, spec)) if self.mesh else array
 
     def full(self, array: jax.ShapeDtypeStruct, spec: PartitionSpec, value: float = 0) -> jax.Array:
-        return jnp.full(array.shape, value, array.dtype, device=NamedSharding(self.mesh, spec) if self.mesh else None)
+        """Committed to its place, as what comes of loaded weights is: programs would be compiled again for the step after the first."""
+        return jnp.full(array.shape, value, array.dtype, device=NamedSharding(self.mesh, spec) if self.mesh else self.devices[0])
 
     def hold(self, tree: Any, spec: PartitionSpec) -> Any:
         """Inside of `jax.jit`: the arrays, which come out lying so. Programs that follow are then compiled once."""

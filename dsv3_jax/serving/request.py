@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from array import array
 from typing import Any, NamedTuple
 
 from dsv3_jax.errors import UserError
@@ -80,7 +81,7 @@ class Request:
     id: Any = None
     tokens: list[int] = dataclasses.field(default_factory=list)  # prompt and answer
     rank: int = 0  # of the mesh, where it runs
-    pages: list[int] = dataclasses.field(default_factory=list)  # where its latents are
+    pages: array = dataclasses.field(default_factory=lambda: array("i"))  # where its latents are; NumPy copies it as it is
     page_keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full pages (cache.page_keys)
     num_cached: int = 0  # tokens whose latents are in the cache
     prefilling: bool = True  # some of its tokens are in no step yet

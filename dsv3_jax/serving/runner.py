@@ -4,6 +4,9 @@ A step is a few programs that follow each other without a word from the host: `f
 `sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place. A step starts from what the one
 before it has sampled on the device, so the host need not have seen that, and sends one array. On a mesh the rows of all ranks make one
 step (ranks.py).
+
+A program is one CUDA graph, and a kernel of it that finds an array at another address than in the step before costs the host 5 us (20 if
+the kernel is ours). So what a decode step leaves lies where the step before left it: `_forward` is given those arrays, donated.
 """
 
 import functools
@@ -62,13 +65,12 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 class Result(NamedTuple):
     """What a step gave: the row of each of its requests, sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), with speculation
-    how many of them count [B] and the tokens drafted to follow them [B], and how many tokens chose each expert of each MoE layer [L, E]."""
+    how many of them count [B] and the tokens drafted to follow them [B]."""
 
     rows: list[int]
     sampled: Sampled
     counts: jax.Array | None
     drafts: jax.Array | None
-    load_LE: jax.Array
 
 
 class Runner:
@@ -81,6 +83,8 @@ class Runner:
       cache_dtype: of the pages; uint8 is the FP8 layout.
       speculate: draft one token a step with the MTP module.
       ranks: of the mesh.
+
+    load_LE int32: how many tokens chose each expert of each MoE layer in all steps so far, modulo 2^32; of the next step's after it.
     """
 
     def __init__(
@@ -90,6 +94,10 @@ class Runner:
         self._pages_per_rank = num_pages // ranks.count
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
         self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
+        self.load_LE = ranks.full(
+            jax.ShapeDtypeStruct((decoder.config.num_moe_layers, decoder.config.n_routed_experts), jnp.int32), WHOLE
+        )
+        self._left: tuple = ()  # of the last decode step, to be overwritten by the next one
         # Of each row of the last step: token, how many counted, draft.
         self._last = ranks.full(jax.ShapeDtypeStruct((3, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
         self._row_of: dict[Request, int] = {}  # in the last step
@@ -120,12 +128,18 @@ class Runner:
         sizes = itertools.product(shapes, self.shapes.tables)
         steps = [(_Inputs.empty(b * self.ranks.count, w, table, prefill=bool(chunk)), chunk) for (b, w, chunk), table in sizes]
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            lowered = (_forward.lower(*self._operands(self._put(inputs)), form=inputs.form, chunk=chunk) for inputs, chunk in steps)
+            lowered = (self._lower(inputs, chunk) for inputs, chunk in steps)
             compiled = [pool.submit(program.compile) for program in lowered]
             for done, ((inputs, chunk), program) in enumerate(zip(steps, compiled), 1):
                 program.result()
                 jax.block_until_ready(self._launch(inputs, logprobs=False, chunk=chunk, bias={}))
                 yield done, len(steps)
+
+    def _lower(self, inputs: "_Inputs", chunk: str | None):
+        """`_forward` of such a step."""
+        packed, form = self._put(inputs), inputs.form
+        overwritten = self._overwritten(len(packed), form, chunk)
+        return _forward.lower(*self._operands(packed), self.load_LE, overwritten, form=form, chunk=chunk)
 
     @property
     def decode_width(self) -> int:
@@ -172,21 +186,38 @@ class Runner:
         """Of `_forward`."""
         return self.decoder, self.ranks, self.params, self.caches, self._last, packed
 
+    def _overwritten(self, rows: int, form: tuple[int, int], chunk: str | None) -> tuple:
+        """Logits, hidden states and positions of the last decode step, if this one has as many rows, or arrays like them."""
+        if chunk or (self._left and len(self._left[0]) == rows):
+            return () if chunk else self._left
+        config, (width, queries) = self.decoder.config, form
+        logits = jax.ShapeDtypeStruct((rows, queries, config.vocab_size), jnp.float32)
+        hidden = jax.ShapeDtypeStruct((rows, width, config.hidden_size), self.decoder.recipe.compute_dtype)
+        positions = jax.ShapeDtypeStruct((rows, queries), jnp.int32)
+        return tuple(self.ranks.full(array, self.ranks.rows) for array in (logits, hidden, positions))
+
     def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> tuple:
         """`Result` without its rows, for inputs that have them. bias: by row."""
         packed, form = self._put(inputs), inputs.form
-        logits_BQW, hidden_BSD, self.caches, load_LE, new_positions_BQ = _forward(*self._operands(packed), form=form, chunk=chunk)
+        overwritten = self._overwritten(len(packed), form, chunk)
+        logits_BQW, hidden_BSD, self.caches, self.load_LE, new_positions_BQ = _forward(
+            *self._operands(packed), self.load_LE, overwritten, form=form, chunk=chunk
+        )
+        if not chunk:
+            self._left = logits_BQW, hidden_BSD, new_positions_BQ
         bias_BQW = np.zeros((*inputs.fields.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
         for row, values in bias.items():
             bias_BQW[row, 0] = values
         sampled = sample(logits_BQW, inputs.rows, new_positions_BQ, logprobs=logprobs, bias_BQW=bias_BQW)
         drafts_B = counts_B = None
         if self.speculate:
-            may_accept = ~np.isin(np.arange(len(inputs.fields.lengths)), list(bias))
+            may_accept = np.ones(len(inputs.fields.lengths), bool)
+            may_accept[list(bias)] = False
             of_step = hidden_BSD, sampled.tokens, may_accept
-            drafts_B, counts_B, self.caches = _draft(*self._operands(packed), *of_step, form=form, chunk=chunk)
-        self._last = _keep(self.ranks, self._last, sampled.tokens, counts_B, drafts_B)
-        return sampled, counts_B, drafts_B, load_LE
+            drafts_B, counts_B, self.caches, self._last = _draft(*self._operands(packed), *of_step, form=form, chunk=chunk)
+        else:
+            self._last = _keep(self.ranks, self._last, sampled.tokens)
+        return sampled, counts_B, drafts_B
 
 
 class _Fields(NamedTuple):
@@ -207,9 +238,9 @@ class _Fields(NamedTuple):
     def of(cls, packed, form: tuple[int, int]) -> "_Fields":
         """The columns of one array int32 [B, ...], for (S, Q) of `form`; views of it where it is NumPy's."""
         width, queries = form
-        split = np.split if isinstance(packed, np.ndarray) else jnp.split
-        *wide, lengths, limits, source, page_table = split(packed, np.cumsum([width, width, width, queries, 1, 1, 1]), axis=1)
-        return cls(*wide, lengths[:, 0], limits[:, 0], source[:, 0], page_table)
+        first = 3 * width + queries
+        wide = packed[:, :width], packed[:, width : 2 * width], packed[:, 2 * width : 3 * width], packed[:, 3 * width : first]
+        return cls(*wide, packed[:, first], packed[:, first + 1], packed[:, first + 2], packed[:, first + 3 :])
 
 
 class _Inputs(NamedTuple):
@@ -252,19 +283,23 @@ def _feed(ranks, last, packed, form):
 
 
 @functools.partial(jax.jit, static_argnames="ranks", donate_argnames="last")
-def _keep(ranks, last, sampled_BQ, counts_B, drafts_B):
+def _keep(ranks, last, sampled_BQ, counts_B=1, drafts_B=0):
     """What the next step may go on from."""
     size = sampled_BQ.shape[0]
-    counts_B = jnp.ones(size, jnp.int32) if counts_B is None else counts_B
+    counts_B, drafts_B = (jnp.broadcast_to(x, size).astype(jnp.int32) for x in (counts_B, drafts_B))
     tokens_B = jnp.take_along_axis(sampled_BQ, counts_B[:, None] - 1, axis=1)[:, 0]
-    rows = jnp.stack([tokens_B, counts_B, jnp.zeros_like(tokens_B) if drafts_B is None else drafts_B])
-    return ranks.hold(last.at[:, :size].set(rows), WHOLE)
+    return ranks.hold(last.at[:, :size].set(jnp.stack([tokens_B, counts_B, drafts_B])), WHOLE)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames="caches")
-def _forward(decoder, ranks, params, caches, last, packed, *, form, chunk):
-    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads [L, E], and where the
-    new tokens will stand [B, Q]."""
+@functools.partial(
+    jax.jit,
+    static_argnames=("decoder", "ranks", "form", "chunk"),
+    donate_argnames=("caches", "load_LE", "overwritten"),
+    keep_unused=True,  # `overwritten` only gives its place away
+)
+def _forward(decoder, ranks, params, caches, last, packed, load_LE, overwritten, *, form, chunk):
+    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads with those of this step,
+    and where the new tokens will stand [B, Q]."""
     fields, new_positions_BQ = _feed(ranks, last, packed, form)
 
     def on_rank(params, caches, fields):
@@ -275,12 +310,14 @@ def _forward(decoder, ranks, params, caches, last, packed, *, form, chunk):
 
     in_specs = (ranks.param_specs(params), ranks.pages, ranks.rows)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages, WHOLE))
-    return *run(params, caches, fields), new_positions_BQ
+    logits_BQW, hidden_BSD, caches, more_LE = run(params, caches, fields)
+    load_LE = ranks.hold(load_LE + more_LE.astype(jnp.int32) if load_LE.size else load_LE, WHOLE)
+    return logits_BQW, hidden_BSD, caches, load_LE, new_positions_BQ
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"))
 def _draft(decoder, ranks, params, caches, last, packed, hidden_BSD, sampled_BQ, may_accept_B, *, form, chunk):
-    """How many sampled tokens count, and the token that the MTP module expects after them.
+    """The token that the MTP module expects after those that were sampled, how many of them count, the new caches, and `_keep` of it.
 
     In a decode step column 1 holds the draft of the step before: it was the right input if it is what column 0 samples now, and then
     the sample of column 1 counts as well. As the draft is one token, not a distribution, this is exact for draws as it is for argmax
@@ -302,7 +339,8 @@ def _draft(decoder, ranks, params, caches, last, packed, hidden_BSD, sampled_BQ,
 
     in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 4)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages))
-    return run(params, caches, _feed(ranks, last, packed, form)[0], hidden_BSD, sampled_BQ, may_accept_B)
+    drafts_B, counts_B, caches = run(params, caches, _feed(ranks, last, packed, form)[0], hidden_BSD, sampled_BQ, may_accept_B)
+    return drafts_B, counts_B, caches, _keep(ranks, last, sampled_BQ, counts_B, drafts_B)
 
 
 def _logits(decoder, params, normed_BQD):

@@ -13,6 +13,8 @@ import numpy as np
 
 from dsv3_jax.serving.request import MAX_LOGPROBS, SamplingParams
 
+_GREEDY = SamplingParams(temperature=0)
+
 
 class Rows(NamedTuple):
     """The sampling parameters of each row, arrays [B]."""
@@ -26,9 +28,17 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, params: list[SamplingParams], size: int) -> "Rows":
         """Padded with greedy rows to `size`."""
-        params = params + [SamplingParams(temperature=0)] * (size - len(params))
+        if not any(p.temperature for p in params):
+            return _greedy(size)
+        params = params + [_GREEDY] * (size - len(params))
         columns = zip(*[(p.temperature, p.top_p, p.top_k, p.min_p, p.seed % 2**32) for p in params])
         return cls(*map(np.array, columns, (np.float32, np.float32, np.int32, np.float32, np.uint32)))
+
+
+@functools.cache
+def _greedy(size: int) -> Rows:
+    """Rows that nothing is read of: most steps have no others."""
+    return Rows(*[np.zeros(size, dtype) for dtype in (np.float32, np.float32, np.int32, np.float32, np.uint32)])
 
 
 class Sampled(NamedTuple):

@@ -13,6 +13,7 @@ of the same kind at the same time.
 """
 
 import time
+from array import array
 from collections import deque
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ class Scheduler:
             request.rank, found = place
             for page in found:
                 self.pool.share(page)
-            request.pages = found + [self.pool.allocate(request.rank) for _ in range(needed - len(found))]
+            request.pages = array("i", found + [self.pool.allocate(request.rank) for _ in range(needed - len(found))])
             # Looked up only now: what these pages held may have taken slots of the host.
             fetched = self.pool.fetch(request.pages[len(found) :], keys[len(found) :])
             known = len(found) + fetched
@@ -221,7 +222,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
-        request.pages, request.page_keys, request.num_cached, request.draft = [], [], 0, None
+        request.pages, request.page_keys, request.num_cached, request.draft = array("i"), [], 0, None
         request.in_flight, request.lives = 0, request.lives + 1
 
 

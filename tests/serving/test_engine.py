@@ -84,6 +84,18 @@ def test_preemption_changes_nothing(plain):
     assert roomy.scheduler.num_preemptions == 0 < tight.scheduler.num_preemptions
 
 
+def test_a_decode_step_overwrites_what_the_last_one_left(plain):
+    """At the same addresses: where they change, a CUDA graph must be brought up to date."""
+    engine, places = make(plain), set()
+    for prompt in plain.prompts.tolist()[:3]:
+        engine.add(Request(prompt, GREEDY))
+    while engine.has_work:
+        engine.step()
+        kept = (*engine.runner._left, engine.runner.load_LE, *engine.runner.caches.values())
+        places |= {tuple(array.unsafe_buffer_pointer() for array in kept)} if engine.runner._left else set()
+    assert len(places) == 1
+
+
 def test_draws_depend_on_the_seed_and_on_nothing_else(plain):
     prompts = [plain.ids200[0, i : i + 30].tolist() for i in range(5)]
     params = SamplingParams(max_new_tokens=40, temperature=1.0, top_p=0.9, min_p=0.01, top_k=50, seed=3, ignore_eos=True)

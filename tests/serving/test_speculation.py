@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model import Decoder
-from dsv3_jax.serving import Engine, SamplingParams
+from dsv3_jax.serving import Engine, SamplingParams, runner
 from dsv3_jax.serving.runner import Runner
 
 
@@ -123,14 +123,17 @@ def test_all_shapes_are_compiled_at_the_start(model, monkeypatch):
         return launch(runner, inputs, **options)
 
     monkeypatch.setattr(Runner, "_launch", record)
+    model = SimpleNamespace(**vars(model) | {"params": jax.device_put(model.params, jax.devices()[0])})  # as `load` gives them
     engine = make(model, speculate=True)
     progress = list(engine.compile())
     assert progress == [(i, len(progress)) for i in range(1, len(progress) + 1)]
     compiled = set(launched)
     assert len(compiled) == len(launched), "a shape is run twice"
+    programs = [program._cache_size() for program in (runner._forward, runner._draft, runner._keep)]
     launched.clear()
     engine.generate([model.prompts[:n].tolist() for n in (1, 20, 50, 64, 65, 150)], dataclasses.replace(GREEDY, max_new_tokens=20))
     assert len(set(launched)) > 2 and set(launched) <= compiled
+    assert [program._cache_size() for program in (runner._forward, runner._draft, runner._keep)] == programs
 
 
 def test_speculation_reports_its_acceptance(model):
