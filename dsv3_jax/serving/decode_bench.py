@@ -279,7 +279,8 @@ def main() -> None:
     )  # fmt: skip
     if not options.fp8_cache:  # not zeros: a card's clock depends on what it moves
         spec, engine.runner.caches = tuple((name, x.shape, x.dtype, WHOLE) for name, x in engine.runner.caches.items()), None
-        engine.runner.caches = dict(zip([name for name, *_ in spec], _random(jax.random.key(1, impl="rbg"), spec, 1.0, ONE_DEVICE)))
+        caches = jax.device_put(_random(jax.random.key(1, impl="rbg"), spec, 1.0, ONE_DEVICE), engine.runner.ranks.devices[0])
+        engine.runner.caches = dict(zip([name for name, *_ in spec], caches))
     if options.batch:
         start, rows = time.perf_counter(), sorted({round_up(batch, engine.runner.shapes.decode_batches) for batch in options.batch})
         list(engine.runner.compile_shapes([(batch, engine.runner.decode_width, None) for batch in rows]))

@@ -5,8 +5,9 @@ A step is a few programs that follow each other without a word from the host: `f
 before it has sampled on the device, so the host need not have seen that, and sends one array. On a mesh the rows of all ranks make one
 step (ranks.py).
 
-A program is one CUDA graph, and a kernel of it that finds an array at another address than in the step before costs the host 5 us (20 if
-the kernel is ours). So what a decode step leaves lies where the step before left it: `_forward` is given those arrays, donated.
+A program is one CUDA graph, and a kernel of it that finds an array at another address than in the step before costs the host 1 us, or 20
+if it is ours. So a decode step stays where the one before it was: what it leaves overwrites what that one left, which `_forward` is given
+to donate, and its scratch memory lies behind everything else, as small arrays that come and go have a gap of their own (`_walls`).
 """
 
 import functools
@@ -31,6 +32,7 @@ _DECODE_ROWS = 8  # at least, and of logits: for one row XLA casts the whole hea
 _WIDTHS = (64, 256, 1024)
 _TABLES = (4, 16, 64, 256, 1024)
 _NO_REQUEST = SamplingParams(temperature=0)
+_GAP = 8 * 2**20  # bytes: more than all small arrays of two steps
 _COMPILERS = 8  # programs that are compiled at once, each by several threads
 
 
@@ -94,13 +96,14 @@ class Runner:
         self._pages_per_rank = num_pages // ranks.count
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
         self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
-        self.load_LE = ranks.full(
-            jax.ShapeDtypeStruct((decoder.config.num_moe_layers, decoder.config.n_routed_experts), jnp.int32), WHOLE
-        )
+        self.load_LE = ranks.full(jax.ShapeDtypeStruct((decoder.config.num_moe_layers, decoder.config.n_routed_experts), jnp.int32), WHOLE)
         self._left: tuple = ()  # of the last decode step, to be overwritten by the next one
         # Of each row of the last step: token, how many counted, draft.
         self._last = ranks.full(jax.ShapeDtypeStruct((3, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
         self._row_of: dict[Request, int] = {}  # in the last step
+        # XLA's allocator puts an array into the smallest gap that holds it.
+        wall, _, other_wall = [ranks.full(jax.ShapeDtypeStruct((ranks.count * _GAP,), jnp.uint8), ranks.rows) for _ in range(3)]
+        self._walls = wall, other_wall
 
     def run(self, work: Work, bias: dict[int, np.ndarray]) -> Result:
         """One step, started on the device: the result's arrays may still be in the making. bias: index of a request -> [W], added to its
