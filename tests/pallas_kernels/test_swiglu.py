@@ -33,7 +33,7 @@ def in_float64(gate_up, d_hidden, row_weights):
 @pytest.mark.parametrize("weighted", [True, False])
 @EVERY
 def test_gradients(gradient, weighted):
-    rng, rows, width = np.random.default_rng(0), 140, 128  # the last tile is not full
+    rng, rows, width = np.random.default_rng(0), 140, 64  # the last tile is not full
     gate_up, d_hidden = (jnp.asarray(rng.standard_normal((rows, n)), jnp.bfloat16) for n in (2 * width, width))
     row_weights = jnp.asarray(rng.random(rows) if weighted else np.ones(rows), jnp.float32)
     d_gate_up, d_row_weights = gradient(gate_up, d_hidden, row_weights if weighted else None)
@@ -47,10 +47,8 @@ def test_gradients(gradient, weighted):
 
 
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
-@pytest.mark.parametrize("weighted", [True, False])
-def test_compiles(weighted):
-    specs = [jax.ShapeDtypeStruct((5000, n), jnp.bfloat16) for n in (4096, 2048)]
-    specs += [jax.ShapeDtypeStruct((5000,), jnp.float32)] if weighted else []
+def test_compiles():
+    specs = [jax.ShapeDtypeStruct((5000, n), jnp.bfloat16) for n in (4096, 2048)] + [jax.ShapeDtypeStruct((5000,), jnp.float32)]
     with aot.kernels_compiled() as kernels:
         jax.jit(pk.swiglu_gradient).lower(*aot.on_h200(specs)).compile()
     assert [kernel.spilled_bytes for kernel in kernels] == [0]
