@@ -7,6 +7,7 @@ has a plain-JAX reference.
 `python -m pallas_kernels.OP.bench` times an op, `python -m pallas_kernels.tune OP` regenerates its tile choices for the device it runs on.
 """
 
+from pallas_kernels.cross_entropy import cross_entropy_gradient
 from pallas_kernels.gather_rows import gather_rows
 from pallas_kernels.grouped_bf16 import grouped_bf16_matmul, grouped_bf16_wgrad
 from pallas_kernels.grouped_matmul import grouped_fp8_matmul, masked_fp8_matmul
@@ -29,6 +30,7 @@ from pallas_kernels.wgrad import fp8_wgrad, grouped_fp8_wgrad
 
 __all__ = [
     "Quantized",
+    "cross_entropy_gradient",
     "fp8_matmul",
     "fp8_wgrad",
     "gather_rows",

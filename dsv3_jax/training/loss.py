@@ -13,6 +13,7 @@ from jax import lax
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.precision import Tap, weight_gradient
+from pallas_kernels.cross_entropy import cross_entropy_gradient, log_sum_exp
 
 # Logits of so many entries at a time exist (1 GiB in float32), whatever the batch and the vocabulary.
 _LOGITS_AT_ONCE = 2**28
@@ -149,30 +150,10 @@ def _part_of(axis, normed_BSD, target):
     return whole_gradient(normed_BSD), jax.tree.map(part, target)
 
 
-def _losses(logits_BSW, target):
-    """(weighted sum of −log p(target), log-sum-exp of the logits [B, S, 1])"""
-    lse_BS1 = _logsumexp(logits_BSW)[..., None]
+def _losses(logits_BSW, lse_BS, target):
+    """The weighted sum of −log p(target)."""
     chosen_BS1 = jnp.take_along_axis(logits_BSW, target.tokens_BS[..., None], axis=-1)
-    return jnp.sum((lse_BS1 - chosen_BS1)[..., 0] * target.weights_BS), lse_BS1
-
-
-def _logsumexp(x):
-    """Over the last axis. One pass is best on a GPU; on a CPU it is not vectorised and takes ten times as long as two."""
-    return lax.platform_dependent(x, cpu=lambda x: jax.nn.logsumexp(x, axis=-1), default=_logsumexp_in_one_pass)
-
-
-def _logsumexp_in_one_pass(x):
-    """Maximum and sum of exponentials are carried together. The sum under the lower maximum is scaled down: one exponential, not two, which
-    would take longer than reading x."""
-
-    def merge(left, right):
-        (top, total), (other_top, other_total) = left, right
-        down = jnp.exp(-jnp.abs(top - other_top))
-        return jnp.maximum(top, other_top), jnp.where(top > other_top, total + other_total * down, total * down + other_total)
-
-    start = jnp.array(jnp.finfo(x.dtype).min, x.dtype), jnp.array(0, x.dtype)  # finite: −inf less −inf is NaN
-    top, total = lax.reduce((x, jnp.ones_like(x)), start, merge, (x.ndim - 1,))
-    return top + jnp.log(total)
+    return jnp.sum((lse_BS - chosen_BS1[..., 0]) * target.weights_BS)
 
 
 def _pieces(decoder, normed_BSD, target):
@@ -192,7 +173,8 @@ def _pieces(decoder, normed_BSD, target):
 def _cross_entropy(decoder, lm_head, normed_BSD, target):
     def add(total, piece):
         normed_BSD, target = piece
-        return total + _losses(decoder.head({"lm_head": lm_head}, normed_BSD), target)[0], None
+        logits_BSW = decoder.head({"lm_head": lm_head}, normed_BSD)
+        return total + _losses(logits_BSW, log_sum_exp(logits_BSW), target), None
 
     return lax.scan(add, jnp.zeros((), jnp.float32), _pieces(decoder, normed_BSD, target))[0]
 
@@ -200,17 +182,17 @@ def _cross_entropy(decoder, lm_head, normed_BSD, target):
 def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
     recipe = decoder.recipe.unquantised
     head = lm_head.astype(recipe.compute_dtype)  # once, not once a piece; its gradient stays in float32
+    implementation = "reference" if recipe.compute_dtype == jnp.float32 else None  # float32 runs on any device
 
     def add(sums, piece):
         normed_BSD, target = piece
         logits_BSW, head_vjp = jax.vjp(lambda x: decoder.head({"lm_head": head}, x), normed_BSD)
-        loss, lse_BS1 = _losses(logits_BSW, target)
-        # In one pass over the logits, written out once more in the compute dtype; by autodiff it is four.
-        chosen_BSW = jnp.arange(logits_BSW.shape[-1], dtype=jnp.int32) == target.tokens_BS[..., None]
-        dlogits_BSW = (jnp.exp(logits_BSW - lse_BS1) - chosen_BSW) * target.weights_BS[..., None]
-        operands = Tap(*(x.reshape(-1, x.shape[-1]).astype(recipe.compute_dtype) for x in (normed_BSD, dlogits_BSW)))
+        logits_TW, targets = logits_BSW.reshape(-1, logits_BSW.shape[-1]), [x.reshape(-1) for x in target]
+        dlogits_TW, lse_T = cross_entropy_gradient(logits_TW, *targets, dtype=recipe.compute_dtype, implementation=implementation)
+        loss = _losses(logits_BSW, lse_T.reshape(target.tokens_BS.shape), target)
+        operands = Tap(normed_BSD.reshape(-1, normed_BSD.shape[-1]).astype(recipe.compute_dtype), dlogits_TW)
         dhead = weight_gradient(operands, lm_head.shape, None, recipe)
-        return (sums[0] + loss, sums[1] + dhead), *head_vjp(dlogits_BSW)
+        return (sums[0] + loss, sums[1] + dhead), *head_vjp(dlogits_TW.reshape(logits_BSW.shape).astype(jnp.float32))
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32)
     (loss, dhead), dnormed_pieces = lax.scan(add, zeros, _pieces(decoder, normed_BSD, target))
