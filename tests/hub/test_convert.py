@@ -43,7 +43,7 @@ def test_to_orbax_and_back(name, precision, raw, tmp_path):
 
 
 def test_a_run_in_fp8_loads_onto_a_mesh_and_dequantised(tmp_path):
-    mesh = jax.make_mesh((4, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
     to_orbax(MODELS / "tiny_e_fp8_mtp", tmp_path / "run")
     equal_trees(dsv3_jax.load(tmp_path / "run", mesh=mesh).params, dsv3_jax.load(MODELS / "tiny_e_fp8_mtp").params)
     exact = dsv3_jax.load(MODELS / "tiny_e_fp8_mtp", weights="dequantised", dtype=np.float32)
@@ -51,8 +51,8 @@ def test_a_run_in_fp8_loads_onto_a_mesh_and_dequantised(tmp_path):
 
 
 def test_a_checkpoint_saved_on_another_topology(tmp_path):
-    """Saved from eight devices with experts spread, it loads on one, whole or by step, and in another dtype."""
-    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    """Saved from four devices with experts spread, it loads on one, whole or by step, and in another dtype."""
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
     model = dsv3_jax.load(MODELS / "tiny_s_plain", mesh=mesh)
     writer = Writer(tmp_path / "run", to_dict(TrainConfig(model=model.config)), keep=3)
     writer.save(7, {"params": model.params})
@@ -86,7 +86,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
 
 def test_to_orbax_holds_one_parameter_at_a_time(tmp_path, monkeypatch):
     """However many there are: what is alive at any save is the parameter that is saved."""
-    source, alive, save = MODELS / "tiny_e_fp8_mtp", [], checkpoint.ocp.partial.save
+    source, alive, save = MODELS / "tiny_s_plain", [], checkpoint.ocp.partial.save
     expected = dsv3_jax.load(source).params
     gc.collect()  # what other tests have left
     before = sum(array.nbytes for array in jax.live_arrays())
