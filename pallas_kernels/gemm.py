@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized import BLOCK
@@ -180,7 +181,7 @@ def gemm(config: Config, problem: Problem, operands, arrays, *, table=None, out=
         raise ValueError(f"config: tiles of a ragged problem need rows of {TMA_ALIGNMENT} bytes to be stored one by one, got {config}")
     arguments = [*arrays, *([] if table is None else [table.rows]), *([out] if problem.accumulate else [])]
     kernel = plgpu.kernel(
-        functools.partial(_body, config, problem, operands, len(arrays), table and table.known),
+        functools.partial(_body, config, problem, operands, len(arrays), table and table.known, interpret is not None),
         out_type=() if problem.accumulate else problem.out_type,
         scratch_types=[_scratch(config, operands, problem.out_type.dtype, problem.ragged)],
         grid=(_clusters(num_sms, config.cluster),),
@@ -230,7 +231,7 @@ def swizzled(columns, dtype):
     return (plgpu.TilingTransform((ROWS, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
-def _body(config, problem, operands, num_arrays, known, *refs):
+def _body(config, problem, operands, num_arrays, known, interpreted, *refs):
     arrays, (*table, out, smem) = refs[:num_arrays], refs[num_arrays:]
     warpgroup = lax.axis_index("wg")
     tiles = _Tiles(config, problem, Table(table[0], known) if table else None)
@@ -245,7 +246,7 @@ def _body(config, problem, operands, num_arrays, known, *refs):
     def _():
         if config.warpgroups > 1:
             plgpu.set_max_registers(config.registers[0], action="increase")
-        _multiply(config, problem, operands, tiles, out, smem, warpgroup)
+        _multiply(config, problem, operands, tiles, out, smem, warpgroup, interpreted)
 
 
 class _Tiles:
@@ -313,7 +314,13 @@ def _load(config, problem, operands, tiles, arrays, smem):
         pl.when(step >= stages)(lambda step=step: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]))
 
 
-def _multiply(config, problem, operands, tiles, out, smem, warpgroup):
+def _warpgroup_barrier(interpreted):
+    """Of the four warps of this warpgroup; Pallas has none without a fence, which costs registers. The interpreter has no warps."""
+    if not interpreted:
+        plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
+
+
+def _multiply(config, problem, operands, tiles, out, smem, warpgroup, interpreted):
     """Empties the ring: a warpgroup that multiplies and stores."""
     row0 = warpgroup * config.wave_rows if config.split == "m" else 0
     col0 = warpgroup * config.wave_cols if config.split == "n" else 0
@@ -335,6 +342,10 @@ def _multiply(config, problem, operands, tiles, out, smem, warpgroup):
     def pass_on(i, slot):
         """Leaves a step to the others: none of its rows are stored by this warpgroup."""
         plgpu.barrier_wait(smem["full"].at[slot])
+        if config.cluster > 1 and (config.split == "m" or config.multicast == "b"):  # else no tile is without rows
+            # One thread gives a cluster's stage back, and here no WGMMA keeps the warps together: one that came two rounds of the ring
+            # later would find the barrier in a phase that looks like the one before its own, and wait for ever.
+            _warpgroup_barrier(interpreted)
         for _ in range(config.wave_rows // WAVE if config.ordered else 0):
             plgpu.barrier_wait(smem["turn"].at[warpgroup])
             plgpu.barrier_arrive(smem["turn"].at[1 - warpgroup])

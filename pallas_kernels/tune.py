@@ -29,8 +29,8 @@ def cases(op):
         return [(Case(op, m, n, k), m) for m, n, k in dense_shapes.MNK if m in (64, 128, 4096)]
     if op == "grouped_matmul":
         return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k in grouped_shapes.GROUPED if rows != 4096]
-    if op == "masked_matmul":  # the host knows only the room: the fuller ones decide, with few rows every choice waits for its weights
-        return [(Case(op, min(rows, 128), n, k, groups), rows) for groups, mean, rows, n, k in grouped_shapes.MASKED if mean > 64]
+    if op == "masked_matmul":  # m: the expected count
+        return [(Case(op, mean, n, k, groups), rows) for groups, mean, rows, n, k in grouped_shapes.MASKED]
     if op == "wgrad":
         return [(Case(op, n, k, tokens), n) for n, k, tokens in wgrad_shapes.DENSE]
     if op == "grouped_bf16":
@@ -48,7 +48,7 @@ def build(case, rows):
     if op == "grouped_matmul":
         return grouped.grouped_fp8_matmul, (bench.tiles(0, rows, k), bench.blocks(1, groups, n, k), jnp.full(groups, m, jnp.int32))
     if op == "masked_matmul":
-        counts = 128 + 4 * jnp.arange(groups, dtype=jnp.int32)  # 190 on average
+        counts = jnp.linspace(0.7 * m, 1.3 * m, groups).astype(jnp.int32)
         return grouped.masked_fp8_matmul, (bench.tiles(0, groups, rows, k), bench.blocks(1, groups, n, k), counts)
     if op == "grouped_bf16":
         transposed = next(case[-1] for case in bf16_shapes.MATMUL if case[:4] == (groups, m, n, k))

@@ -39,13 +39,14 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
     )
 
 
-def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, implementation=None) -> jax.Array:
+def masked_fp8_matmul(a, b, counts, *, expected_count=None, out_dtype=jnp.bfloat16, num_sms=None, implementation=None) -> jax.Array:
     """The first counts[g] rows of a[g] times b[g], for decode, where shapes must not depend on the routing.
 
     Args:
       a: Quantized tiles [G, rows, K].
       b: Quantized blocks [G, N, K].
       counts: int32 [G], each from 0 to rows, on the device.
+      expected_count: what counts are like, which the host does not know and the choice of tiles depends on; 128 by default.
       out_dtype, num_sms, implementation: as in `fp8_matmul`.
 
     Returns [G, rows, N]. Rows past the counts are not defined: the kernel spends no time on them. Raises ValueError for wrong dtypes,
@@ -56,6 +57,8 @@ def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, imp
     expected = f"[{a.shape[0]}, N, {a.shape[2]}], the G and K of a"
     checks.expect((a.shape[0], a.shape[2]) == (b.shape[0], b.shape[2]), "b", b, expected)
     checks.counts("counts", counts, a.shape[0], a.shape[1])
+    if expected_count is not None and expected_count < 1:
+        raise ValueError(f"expected_count: expected 1 at least, got {expected_count}")
     checks.out_dtype(out_dtype)
     checks.num_sms(num_sms)
     return dispatch(
@@ -66,6 +69,7 @@ def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, imp
         counts,
         hopper=hopper.masked_fp8_matmul,
         reference=reference.masked_fp8_matmul,
+        expected_count=expected_count,
         out_dtype=jnp.dtype(out_dtype),
         num_sms=num_sms,
     )

@@ -35,11 +35,10 @@ def ragged_rows(group_sizes, config, rows, steps):
     return Table.of(Unit(lax.div(tiles.start, ROWS), valid, jnp.minimum(tiles.group, groups - 1), 0, steps), tiles.count)
 
 
-def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None, config=None, interpret=None):
+def masked_fp8_matmul(a, b, counts, *, expected_count=None, out_dtype=jnp.bfloat16, num_sms=None, config=None, interpret=None):
     (groups, rows, k), n = a.shape, b.shape[1]
     num_sms = num_sms or device_sms()
-    # how full the room is, the host does not know: in decode it is mostly a few rows
-    config = config or tuning.choose("masked_matmul", min(rows, 128), n, k, num_sms, groups)
+    config = config or tuning.choose("masked_matmul", min(rows, expected_count or 128), n, k, num_sms, groups)
     a, b = pad_operand(a, rows=ROWS), pad_operand(b, rows=64)
 
     most = -(-rows // config.tile_m)

@@ -36,7 +36,7 @@ def grouped_fp8_matmul(a, b, group_sizes, *, out_dtype=jnp.bfloat16, num_sms=Non
     return jnp.where((tiles.group[tile_of_row] < groups)[:, None], rows, 0)
 
 
-def masked_fp8_matmul(a, b, counts, *, out_dtype=jnp.bfloat16, num_sms=None):
+def masked_fp8_matmul(a, b, counts, *, expected_count=None, out_dtype=jnp.bfloat16, num_sms=None):
     rows = a.shape[1]
 
     def one_group(operands):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import bench
+from pallas_kernels import bench, tuning
+from pallas_kernels.grouped_matmul import hopper as grouped_hopper
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.matmul import reference as dense_reference
 from pallas_kernels.matmul import shapes
@@ -59,6 +60,18 @@ def test_masked():
     valid = jnp.arange(256)[None, :, None] < counts[:, None, None]
     got = jnp.where(valid, pk.masked_fp8_matmul(a, b, counts), 0)
     assert bench.relative_error(got, grouped_reference.masked_fp8_matmul(a, b, counts, out_dtype=jnp.float32)) < 2e-3
+
+
+@pytest.mark.parametrize("config", tuning.candidates("masked_matmul", 128), ids=lambda c: f"{c.tile_m}x{c.tile_n}")
+def test_masked_with_warpgroups_that_have_no_rows(config):
+    """Twenty times: three warpgroups of 64 rows once stood still here, one of them waiting for a phase that had passed."""
+    a, b = bench.tiles(0, 32, 512, 2048), bench.blocks(1, 32, 7168, 2048)
+    counts = jnp.asarray(np.random.default_rng(0).integers(134, 250, 32), jnp.int32)
+    valid = jnp.arange(512)[None, :, None] < counts[:, None, None]
+    kernel = jax.jit(functools.partial(grouped_hopper.masked_fp8_matmul, config=config))
+    for _ in range(20):
+        got = jax.block_until_ready(kernel(a, b, counts))
+    assert bench.relative_error(jnp.where(valid, got, 0), grouped_reference.masked_fp8_matmul(a, b, counts, out_dtype=jnp.float32)) < 2e-3
 
 
 @pytest.mark.parametrize("sizes", [[1000, 0, 1, 3095], [0, 4096, 0, 0], [1024] * 4, [7, 127, 129, 3000]])
