@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mla_decode import few
 from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, ROPE, TILE, latent_width
 from pallas_kernels.mla_decode.merge import FINITE_MIN, LOG2E, merge
 from pallas_kernels.mla_decode.schedule import BLOCK, make_schedule, num_blocks
@@ -46,11 +47,18 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
     fp8 = kv_pages.dtype == jnp.uint8
     B, num_queries, heads, width = q.shape
     rows = num_queries * heads
-    tiles = -(-rows // ROWS)
-    q = jnp.pad(q.reshape(B, rows, width).astype(jnp.bfloat16), ((0, 0), (0, tiles * ROWS - rows), (0, 0)))
+    tiles, shape = -(-rows // ROWS), (B, num_queries, heads)
+    few_rows = fp8 and rows <= few.MAX_ROWS
+    padded = few.padded_rows(rows) if few_rows else tiles * ROWS
+    q = jnp.pad(q.reshape(B, rows, width).astype(jnp.bfloat16), ((0, 0), (0, padded - rows), (0, 0)))
     lengths = jnp.clip(lengths, 0, page_table.shape[1] * PAGE_SIZE).astype(jnp.int32)
     num_parts = max(1, (num_sms or device_sms()) // tiles)
     schedule = make_schedule(lengths, num_parts=num_parts)
+    if few_rows:
+        options = dict(scale=softmax_scale, num_queries=num_queries, heads=heads, out_dtype=out_dtype, interpret=interpret)
+        results = few.attend(q, _fp8_views(kv_pages), page_table, lengths, schedule.bounds, **options)
+        out, lse = merge(*results, schedule.pieces, interpret=interpret)
+        return out[:, :rows].reshape(*shape, LATENT), lse[:, :rows].reshape(shape)
 
     half = plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND)
     if fp8:  # The 16 KB of codes land in the 32 KB of their values, at 2 slot; the RoPE values behind them, at 4 slot + 2.
@@ -103,7 +111,6 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
         interpret=interpret,
     )(q, page_table, lengths, schedule.bounds, *(_fp8_views(kv_pages) if fp8 else (kv_pages,)))
     out, lse = merge(out, lse, partial_out, partial_lse, schedule.pieces, interpret=interpret)
-    shape = B, num_queries, heads
     return out[:, :rows].reshape(*shape, LATENT), lse[:, :rows].reshape(shape)
 
 

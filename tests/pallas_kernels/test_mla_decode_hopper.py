@@ -82,7 +82,8 @@ def interpreter(monkeypatch):
 
 INTERPRETED = {
     "split_verify_2": (dict(lengths=[800, 3, 0, 64], heads=5, num_queries=2), 6),
-    "fp8_split": (dict(lengths=[800, 1, 0], heads=16, layout="fp8"), 4),
+    "fp8_few_rows_split_verify_2": (dict(lengths=[800, 3, 0, 64], heads=9, num_queries=2, layout="fp8"), 6),
+    "fp8_many_rows_split": (dict(lengths=[800, 1, 0], heads=40, layout="fp8"), 4),
 }
 
 
@@ -116,7 +117,7 @@ def specs(shape: Shape, num_pages=4096):
 
 
 decode = jax.jit(functools.partial(mla_decode, softmax_scale=SCALE, implementation="hopper"), static_argnames="out_dtype")
-SAMPLE = (Shape(64, 3, 20, 4096), Shape(128, 1, 128, 4096, fp8=True))
+SAMPLE = (Shape(64, 3, 20, 4096), Shape(128, 1, 128, 4096, fp8=True), Shape(128, 1, 16, 4096, fp8=True))
 
 
 @pytest.mark.parametrize("shape", SAMPLE, ids=str)
@@ -132,7 +133,9 @@ def test_lowers_for_a_gpu_all_shapes(shape):
 
 
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
-@pytest.mark.parametrize("shape", [Shape(128, 2, 128, 4096), Shape(128, 1, 16, 4096, fp8=True)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(128, 2, 128, 4096), Shape(128, 1, 128, 4096, fp8=True), Shape(128, 1, 16, 4096, fp8=True)], ids=str
+)
 def test_machine_code_does_not_spill(shape):
     with aot.kernels_compiled() as kernels:
         decode.lower(*aot.on_h200(specs(shape))).compile()
