@@ -14,6 +14,7 @@ exposed while no other kernel runs on the device. With NCCL_P2P_DISABLE=1 two GP
 import argparse
 import dataclasses
 import importlib
+import math
 import re
 import sysconfig
 import tempfile
@@ -51,16 +52,70 @@ class Busy(NamedTuple):
     all: float
 
 
+class Event(NamedTuple):
+    """What ran on a GPU. start, end in nanoseconds; op: its name in the compiled program, or ""."""
+
+    start: float
+    end: float
+    name: str
+    op: str
+
+    @property
+    def sends(self) -> bool:
+        return "nccl" in self.name.lower()
+
+
 def profile(run: Callable[[], object], group_of: Callable[[str], str | None] = lambda op: "") -> dict[str, Busy]:
     """What one call of `run` keeps its devices busy with, by the group of the operation (its name in the compiled program; None: not
     known)."""
+    devices = [_kernels(events, group_of) for events in _trace(run)]
+    return busy([kernels for kernels in devices if kernels])
+
+
+def _trace(run: Callable[[], object]) -> list[list[Event]]:
+    """Each GPU's events on its streams in one call, in order of their start."""
+
+    def of(event):
+        return Event(event.start_ns, event.start_ns + event.duration_ns, event.name, dict(event.stats).get("hlo_op", ""))
+
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(run())
         (file,) = Path(directory).glob("**/*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        devices = [_kernels(plane, group_of) for plane in planes if plane.name.startswith("/device:GPU")]
-    return busy([kernels for kernels in devices if kernels])
+        found = []
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if plane.name.startswith("/device:GPU"):
+                found.append(sorted(of(event) for line in plane.lines if line.name.startswith("Stream") for event in line.events))
+    return found
+
+
+def measured_times(events: list[Event], text: str, slower: float) -> str:
+    """A GPU's events as the profile that XLA schedules by (xla_gpu_pgle_profile_file_or_directory_path). text: the compiled program.
+
+    All-to-alls do not run under the names that they are scheduled by: a large one gets the median of NCCL's kernels of more than 1 ms, by
+    its bytes, times `slower`, since beside products they take longer.
+    """
+    of_ops: dict[str, list[Event]] = {}
+    for event in events:
+        if event.op:
+            of_ops.setdefault(event.op, []).append(event)
+    lines = []
+    for op, kernels in of_ops.items():
+        executions = len(kernels) / len({event.name for event in kernels})
+        us = sum(event.end - event.start for event in kernels) / 1e3 / executions
+        lines.append(f'costs {{ name: "{op}" cost_us: {us:.1f} }}')
+    sends = [(event.end - event.start) / 1e3 for event in events if event.sends and event.end - event.start > 1e6]
+    starts = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)) all-to-all-start\(", text))
+    ends = {start: end for end, start in re.findall(r"%?([\w.-]+) = .*? all-to-all-done\(.*?%?([\w.-]+)\)", text)}
+    entries = {
+        start: max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", shape)) for start, shape in starts.items()
+    }
+    large = {start: count for start, count in entries.items() if count > 1e6}
+    for start, count in large.items():
+        us = slower * np.median(sends) * count / np.median(list(large.values()))
+        lines.append(f'costs {{ name: "{start}" cost_us: {us:.1f} }}')
+        lines.append(f'latencies {{ source: "{start}" target: "{ends[start]}" latency_us: {us:.1f} }}')
+    return "\n".join(lines)
 
 
 def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]:
@@ -77,17 +132,16 @@ def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]
     return found
 
 
-def _kernels(plane, group_of) -> list[tuple[float, float, str, bool]]:
+def _kernels(events, group_of) -> list[tuple[float, float, str, bool]]:
     """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams, in order of the start.
 
     What runs asynchronously is not always told to be of a known operation: it counts to the group of what was started before it.
     """
-    events = [event for line in plane.lines if line.name.startswith("Stream") for event in line.events]
     found, group = [], ""
-    for event in sorted(events, key=lambda event: event.start_ns):
-        if (op := dict(event.stats).get("hlo_op", "")) and (known := group_of(op)) is not None:
+    for event in events:
+        if event.op and (known := group_of(event.op)) is not None:
             group = known
-        found.append((event.start_ns, event.start_ns + event.duration_ns, group, "nccl" in event.name.lower()))
+        found.append((event.start, event.end, group, event.sends))
     return found
 
 
@@ -341,21 +395,34 @@ def overlap(options) -> Callable[[], None]:
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(), spread.shardings)
     rows = jax.ShapeDtypeStruct((options.microbatches * parts, options.length + 1), jnp.int32, sharding=spread.batch_sharding)
     start = time.perf_counter()
-    compiled = _compile(jax.jit(gradients, out_shardings=(None, None, spread.shardings)).lower(shapes, rows), options)
+    lowered = jax.jit(gradients, out_shardings=(None, None, spread.shardings)).lower(shapes, rows)
+    compiled = _compile(lowered, options)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
-    scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
     branch = re.compile(r"branch_(\d+)_fun")
-
-    def group_of(op: str) -> str | None:
-        if op not in scopes:  # the text of an asynchronous collective does not show the name that it runs under
-            return None
-        found = branch.search(scopes[op])
-        return table.actions[int(found[1])] if found else "outside"
 
     def measure():
         params = jax.jit(decoder.init, out_shardings=spread.shardings)(jax.random.key(0))
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, rows.shape, np.int32)
         tokens = jax.device_put(tokens, spread.batch_sharding)
+        show(compiled, params, tokens)
+        if options.measured:
+            (events, *_) = _trace(lambda: compiled(params, tokens))
+            with tempfile.NamedTemporaryFile("w", suffix=".pbtxt") as file:
+                file.write(measured_times(events, compiled.as_text(), options.measured))
+                file.flush()
+                again = lowered.compile({"xla_gpu_pgle_profile_file_or_directory_path": file.name})
+            print("compiled again with measured times", flush=True)
+            show(again, params, tokens)
+
+    def show(compiled, params, tokens):
+        scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
+
+        def group_of(op: str) -> str | None:
+            if op not in scopes:  # the text of an asynchronous collective does not show the name that it runs under
+                return None
+            found = branch.search(scopes[op])
+            return table.actions[int(found[1])] if found else "outside"
+
         took = seconds(lambda: compiled(params, tokens)[0], calls=2)
         fill = float(compiled(params, tokens)[1]["fill"])
         print(f"{options.precision}, {options.num_sms or 'all'} SMs: {took * 1e3:.1f} ms; fill {fill:.2f}", flush=True)
@@ -405,6 +472,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--settle", type=int, default=0, help="short steps before, with larger buffers; only the router's bias learns")
     group = parser.add_argument_group("overlap")
     group.add_argument("--num-sms", type=int, help="for products; all by default")
+    group.add_argument("--measured", type=float, help="compile again with measured times, all-to-alls so many times as long as alone")
     group.add_argument("--layers", type=int, default=4)
     group.add_argument("--width", type=int, help="instead of V3's 7,168")
     group.add_argument("--length", type=int, default=4096)

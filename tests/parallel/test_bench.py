@@ -1,24 +1,42 @@
 """What the benchmark of several GPUs makes of a profile."""
 
-import types
-
 import pytest
 
 from dsv3_jax.parallel import bench
 
 
-def event(start, end, name, op=None):
-    stats = [] if op is None else [("hlo_op", op)]
-    return types.SimpleNamespace(start_ns=start * 1e6, duration_ns=(end - start) * 1e6, name=name, stats=stats)
+def event(start, end, name, op=""):
+    return bench.Event(start * 1e6, end * 1e6, name, op)
 
 
-def test_exposed_communication(monkeypatch):
+def test_exposed_communication():
     """One device: a product from 0 to 4 and one from 6 to 9; something is sent from 3 to 6, of an operation that is not in the program's
     text, and from 7 to 8, of none."""
     compute = [event(0, 4, "gemm", "dot.1"), event(6, 9, "gemm", "dot.2")]
     sends = [event(3, 6, "ncclDevKernel_SendRecv", "all-to-all.1"), event(7, 8, "ncclDevKernel_SendRecv")]
-    lines = [types.SimpleNamespace(name=f"Stream #{i}", events=events) for i, events in enumerate((compute, sends))]
-    plane = types.SimpleNamespace(lines=[*lines, types.SimpleNamespace(name="XLA Ops", events=compute)])
     groups = {"dot.1": "F", "dot.2": "B"}
-    busy = bench.busy([bench._kernels(plane, groups.get)])
+    busy = bench.busy([bench._kernels(sorted(compute + sends), groups.get)])
     assert busy["F"] == pytest.approx((3, 2, 6)) and busy["B"] == pytest.approx((1, 0, 3))
+
+
+def test_measured_times():
+    """Attention is two kernels an execution; of the all-to-alls one carries half of what the other does, and one nearly nothing."""
+    text = """
+  %a2a.1 = ((bf16[2048,1024]{1,0}), bf16[2048,1024]{1,0}) all-to-all-start(%x), channel_id=1
+  %done.1 = bf16[2048,1024]{1,0} all-to-all-done(%a2a.1)
+  %a2a.2 = ((bf16[4096,1024]{1,0}), bf16[4096,1024]{1,0}) all-to-all-start(%y), channel_id=2
+  ROOT %done.2 = bf16[4096,1024]{1,0} all-to-all-done(%a2a.2)
+  %a2a.3 = ((f32[64,8]{1,0}), f32[64,8]{1,0}) all-to-all-start(%z), channel_id=3
+"""
+    events = [
+        event(0, 1, "softmax", "attention"),
+        event(1, 3, "dq", "attention"),
+        event(3, 4, "softmax", "attention"),
+        event(4, 6, "dq", "attention"),
+    ]
+    events += [event(0, 3, "ncclDevKernel", "other"), event(3, 6, "ncclDevKernel", "other"), event(6, 6.1, "ncclDevKernel", "other")]
+    lines = bench.measured_times(events, text, 2.0).splitlines()
+    assert 'costs { name: "attention" cost_us: 3000.0 }' in lines
+    assert 'latencies { source: "a2a.1" target: "done.1" latency_us: 4000.0 }' in lines
+    assert 'latencies { source: "a2a.2" target: "done.2" latency_us: 8000.0 }' in lines
+    assert not any("a2a.3" in line for line in lines)
