@@ -221,12 +221,13 @@ class Engine:
                 self.stats.drafted += 1
                 self.stats.accepted += counts[row] - 1
             tokens, reason = [], None
+            ends, limit = () if request.params.ignore_eos else self._eos, request.max_tokens
             for token in drawn[row][: 1 if counts is None else counts[row]]:
                 tokens.append(token)
                 request.tokens.append(token)
-                if token in self._eos and not request.params.ignore_eos:
+                if token in ends:
                     reason = "stop"
-                elif request.num_new_tokens == request.params.max_new_tokens:
+                elif len(request.tokens) == limit:
                     reason = "length"
                 if request.shaper and request.shaper.push(token):
                     reason = reason or "stop"

@@ -169,7 +169,8 @@ class Runner:
         fields.lengths[rows] = np.add(work.starts, work.counts)
         for row, request in zip(rows, work.requests):
             fields.page_table[row, : len(request.pages)] = request.pages
-        fields.page_table[:] %= self._pages_per_rank
+        if self.ranks.count > 1:
+            fields.page_table[:] %= self._pages_per_rank
         if work.prefill:
             for row, request, count, start in zip(rows, work.requests, work.counts, work.starts):
                 tokens = np.asarray(request.tokens[start : start + count + 1], np.int32)
