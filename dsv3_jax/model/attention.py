@@ -15,6 +15,7 @@ from dsv3_jax.precision import Recipe
 from pallas_kernels.mla_decode import mla_append, mla_decode
 from pallas_kernels.mla_decode.cache import PAGE_SIZE
 from pallas_kernels.mla_decode.cache import decode as decode_rows
+from pallas_kernels.mla_decode.hopper import supports
 
 # The norms of the latents use this epsilon in every released implementation, whatever `rms_norm_eps` says.
 _LATENT_NORM_EPS = 1e-6
@@ -158,6 +159,8 @@ class MLA(Module):
             softmax_scale=rope.softmax_scale(c),
             value_width=c.kv_lora_rank,
             out_dtype=self.recipe.compute_dtype,
+            # The kernel is for V3's latents: other widths, as of `tiny`, and float32 run in plain JAX on a GPU too.
+            implementation=None if supports(pages, c.kv_lora_rank) else "reference",
         )
         attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, self.v_up_proj[...], precision=precision)
         return self.output(attended_BSHV), pages

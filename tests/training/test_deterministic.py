@@ -12,7 +12,7 @@ from dsv3_jax.checkpoint import open_run
 from tests.micro import write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
-WIDTHS = {"hidden-size": 256, "intermediate-size": 256, "moe-intermediate-size": 128, "q-lora-rank": 128, "kv-lora-rank": 512}
+WIDTHS = {"hidden-size": 256, "intermediate-size": 256, "moe-intermediate-size": 128, "q-lora-rank": 128, "kv-lora-rank": 128}
 WIDTHS |= {"qk-nope-head-dim": 128, "qk-rope-head-dim": 64, "v-head-dim": 128, "num-hidden-layers": 3}  # two equal MoE layers
 
 
