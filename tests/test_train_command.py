@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import checkpoint
-from tests.micro import write_recipe
+from tests.micro import one_device, write_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,16 +23,14 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """The path of a recipe of a run of seconds."""
-    path = write_recipe(tmp_path_factory.mktemp("recipe"), steps=120, batch_size=4, checkpoint_every=20)
+    path = write_recipe(tmp_path_factory.mktemp("recipe"), steps=60, batch_size=4, checkpoint_every=20)
     (path.parent / "corpus" / "latin1.py").write_bytes("# caf\u00e9".encode("latin-1"))
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def environment():
-    """One CPU device."""
-    others = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return others | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return one_device()
 
 
 def start(argv, environment):
@@ -78,7 +76,7 @@ def test_output_of_a_run(whole, recipe):
     folder, output = whole
     for words in (
         "left out of the corpus, as they are not UTF-8: 1 documents",
-        "step 120/120",
+        "step 60/60",
         "= main ",
         "mtp ",
         "balance ",
@@ -100,7 +98,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, recipe, environment, 
     output = finish(process, status=128 + signal.SIGTERM)
     steps = checkpoint.complete_steps(tmp_path / "run")
     assert f"stopped by SIGTERM after step {steps[-1]}" in output and shlex.join(["python", "train.py", *argv]) in output
-    assert 3 <= steps[-1] < 120
+    assert 3 <= steps[-1] < 60
     again = finish(start(argv, environment))
     assert_same_step(whole[0], tmp_path / "run")
     held_out = next(line for line in whole[1].splitlines() if "bits per byte" in line)

@@ -17,12 +17,14 @@ from tests.pallas_kernels.test_mla_decode import SCALE, assert_matches, attend_f
 
 # ---- schedule ----
 
+schedule_of = jax.jit(make_schedule, static_argnames="num_parts")
+
 
 @pytest.mark.parametrize("num_parts", [7, 132])
 @pytest.mark.parametrize("lengths", [[1], [163840], [0, 0, 500, 0], "ragged"])
 def test_schedule_covers_every_block_once(lengths, num_parts):
     lengths = np.random.default_rng(0).integers(0, 20000, 57) if lengths == "ragged" else np.array(lengths)
-    bounds, pieces = (np.asarray(x) for x in jax.jit(make_schedule, static_argnames="num_parts")(lengths, num_parts=num_parts))
+    bounds, pieces = (np.asarray(x) for x in schedule_of(lengths, num_parts=num_parts))
     blocks = np.maximum(-(-lengths // BLOCK), 1)
     visits = [np.zeros(n, int) for n in blocks]
     slots: list[list[int]] = [[] for _ in blocks]
@@ -51,14 +53,14 @@ def test_schedule_covers_every_block_once(lengths, num_parts):
 
 @pytest.mark.parametrize("length,num_parts", [(1024, 66), (4096, 66), (4096, 33), (8192, 66), (16384, 132)])
 def test_equal_sequences_are_not_split_where_that_costs_little(length, num_parts):
-    bounds, pieces = make_schedule(jnp.full(128, length), num_parts=num_parts)
+    bounds, pieces = schedule_of(jnp.full(128, length), num_parts=num_parts)
     assert (np.asarray(pieces)[:, 0] == 1).all()
     largest = np.diff(np.asarray(bounds)[:, 0]).max() * (length // BLOCK + SETUP)
     assert largest <= -(-128 * (length // BLOCK + SETUP) // num_parts) + MERGING
 
 
 def test_a_single_long_sequence_fills_the_device():
-    bounds, pieces = make_schedule(jnp.array([131072]), num_parts=66)
+    bounds, pieces = schedule_of(jnp.array([131072]), num_parts=66)
     assert int(pieces[0, 0]) >= 64
     assert int(np.diff(np.asarray(bounds)[:, 1]).max()) <= -(-(1024 + SETUP) // 66)
 
@@ -91,7 +93,7 @@ INTERPRETED = {
 def test_interpreted_kernel_matches_float64(case, interpreter):
     arguments, num_sms = INTERPRETED[case]
     *args, keys = make_case(0, **arguments)
-    pieces = make_schedule(args[3], num_parts=num_sms // -(-args[0].shape[1] * args[0].shape[2] // 64)).pieces
+    pieces = schedule_of(args[3], num_parts=num_sms // -(-args[0].shape[1] * args[0].shape[2] // 64)).pieces
     assert int(pieces[:, 0].max()) > 1 or "split" not in case
     got = interpreter(*args, num_sms=num_sms, out_dtype=jnp.bfloat16)
     assert_matches(got, attend_float64(args[0], keys))

@@ -34,7 +34,8 @@ def make(model, mesh, *, free_pages=None, **options):
     return engine
 
 
-@pytest.mark.parametrize("name, mesh", [("tiny_s_plain", "data=2"), ("tiny_s_plain", "expert=2"), ("tiny_s_yarn_mtp", "data=2,expert=2")])
+# `data=2` alone: test_prefixes_come_back_from_the_host.
+@pytest.mark.parametrize("name, mesh", [("tiny_s_plain", "expert=2"), ("tiny_s_yarn_mtp", "data=2,expert=2")])
 def test_greedy_tokens_equal_the_oracles(oracle, name, mesh):
     model = oracle(name)
     engine = make(model, mesh, speculate="mtp" in name)
@@ -67,10 +68,13 @@ def test_experts_change_place_while_requests_run_and_no_token_changes(oracle, na
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2"])
 def test_prefixes_come_back_from_the_host(plain, mesh):
-    """Six prompts of two full pages each go round a pool that holds few of them: the second time their latents come from the host."""
+    """Six prompts of two full pages each go round a pool that holds few of them: the second time their latents come from the host.
+
+    The tokens are those of one device that computes everything, whose own are the oracle's (test_engine.py).
+    """
     prompts = [plain.ids200[0, i : i + 131].tolist() for i in range(6)]
     params = dataclasses.replace(GREEDY, max_new_tokens=8)
-    without, engine = make(plain, mesh, free_pages=4), make(plain, mesh, free_pages=4, host_pages=20)
+    without, engine = make(plain, "data=1", free_pages=4), make(plain, mesh, free_pages=4, host_pages=20)
     expected = [without.generate([prompt], params)[0].tokens for prompt in prompts]
     for rounds in range(3):
         computed = engine.stats.prompt_tokens

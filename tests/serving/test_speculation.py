@@ -15,6 +15,7 @@ import pytest
 from dsv3_jax.model import Decoder
 from dsv3_jax.serving import Engine, SamplingParams, runner
 from dsv3_jax.serving.runner import Runner
+from tests import draw
 
 
 def make(model, *, free_pages=16, **options):
@@ -75,10 +76,10 @@ def test_requests_with_penalties_do_not_speculate(model):
 
 def test_speculative_draws_follow_the_distribution(model):
     """Three tokens of two choices each, against the product of their probabilities."""
-    prompt, draws = model.prompts[:20].tolist(), 1000
+    prompt, draws = model.prompts[:20].tolist(), 300
     params = [SamplingParams(max_new_tokens=3, temperature=1.5, top_k=2, seed=seed, ignore_eos=True) for seed in range(draws)]
     tokens, engine = answers(model, params, [prompt] * draws, speculate=True)
-    assert engine.stats.accepted > 50
+    assert engine.stats.accepted > 15
     seen, expected = {}, {(): 1.0}
     for answer in tokens:
         seen[tuple(answer)] = seen.get(tuple(answer), 0) + 1
@@ -101,7 +102,7 @@ def test_speculative_draws_follow_the_distribution(model):
 def test_fp8_cache_is_near(with_mtp):
     config = dataclasses.replace(with_mtp.config, kv_lora_rank=512, qk_rope_head_dim=64)
     decoder = Decoder(config)
-    wide = SimpleNamespace(decoder=decoder, params=decoder.init(jax.random.key(0)))
+    wide = SimpleNamespace(decoder=decoder, params=draw.parameters(decoder))
     wide.params["lm_head"] = wide.params["lm_head"] * 20
     prompts = [with_mtp.ids200[0, i : i + 60].tolist() for i in range(0, 120, 20)]
     params = dataclasses.replace(GREEDY, max_new_tokens=8, logprobs=20)
