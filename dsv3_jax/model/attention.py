@@ -12,10 +12,9 @@ from dsv3_jax.model import rope
 from dsv3_jax.model.fused_attention import causal_attention, merge, partial_attention
 from dsv3_jax.model.module import Module, ones, rms_norm, weight
 from dsv3_jax.precision import Recipe
-from pallas_kernels.mla_decode import mla_append, mla_decode
+from pallas_kernels.mla_decode import mla_append, mla_decode, supports
 from pallas_kernels.mla_decode.cache import PAGE_SIZE
 from pallas_kernels.mla_decode.cache import decode as decode_rows
-from pallas_kernels.mla_decode.hopper import supports
 
 # The norms of the latents use this epsilon in every released implementation, whatever `rms_norm_eps` says.
 _LATENT_NORM_EPS = 1e-6

@@ -94,9 +94,7 @@ def silu_gate(gate_up: jax.Array, row_weights: jax.Array | None = None) -> jax.A
 
 def _silu_gate_bwd(saved, d_hidden):
     gate_up, row_weights = saved
-    # float32 runs on any device; the kernel is for 16 bits.
-    implementation = "reference" if gate_up.dtype == jnp.float32 else None
-    return swiglu_gradient(gate_up, d_hidden, row_weights, implementation=implementation)
+    return swiglu_gradient(gate_up, d_hidden, row_weights)
 
 
 silu_gate.defvjp(lambda gate_up, row_weights=None: (silu_gate(gate_up, row_weights), (gate_up, row_weights)), _silu_gate_bwd)

@@ -182,13 +182,12 @@ def _cross_entropy(decoder, lm_head, normed_BSD, target):
 def _cross_entropy_fwd(decoder, lm_head, normed_BSD, target):
     recipe = decoder.recipe.unquantised
     head = lm_head.astype(recipe.compute_dtype)  # once, not once a piece; its gradient stays in float32
-    implementation = "reference" if recipe.compute_dtype == jnp.float32 else None  # float32 runs on any device
 
     def add(sums, piece):
         normed_BSD, target = piece
         logits_BSW, head_vjp = jax.vjp(lambda x: decoder.head({"lm_head": head}, x), normed_BSD)
         logits_TW, targets = logits_BSW.reshape(-1, logits_BSW.shape[-1]), [x.reshape(-1) for x in target]
-        dlogits_TW, lse_T = cross_entropy_gradient(logits_TW, *targets, dtype=recipe.compute_dtype, implementation=implementation)
+        dlogits_TW, lse_T = cross_entropy_gradient(logits_TW, *targets, dtype=recipe.compute_dtype)
         loss = _losses(logits_BSW, lse_T.reshape(target.tokens_BS.shape), target)
         operands = Tap(normed_BSD.reshape(-1, normed_BSD.shape[-1]).astype(recipe.compute_dtype), dlogits_TW)
         dhead = weight_gradient(operands, lm_head.shape, None, recipe)

@@ -13,7 +13,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.cross_entropy import reference
 from pallas_kernels.gemm import swizzled
 from pallas_kernels.quantized import BLOCK
 
@@ -26,10 +25,13 @@ MOST_LOGITS = 9 * PART  # of a row, so that two CTAs share an SM
 _ROW_OF_THREAD = plgpu.Layout.TILED(plgpu.Tiling((SHAPE, (32, OF_THREAD), (4,))), warp_dims=(-5,), lane_dims=(-3,), vector_dim=-1)
 
 
+def supports(logits, dtype) -> bool:
+    """Whether the kernel takes rows of this width and makes a gradient of this dtype."""
+    return logits.shape[1] % PART == 0 and logits.shape[1] <= MOST_LOGITS and dtype == jnp.bfloat16
+
+
 def cross_entropy_gradient(logits, targets, weights, *, dtype, interpret=None):
     rows, width = logits.shape
-    if width % PART or width > MOST_LOGITS or dtype != jnp.bfloat16:
-        return reference.cross_entropy_gradient(logits, targets, weights, dtype=dtype)
     parts, layout = width // PART, _ROW_OF_THREAD
     targets = lax.optimization_barrier(targets)  # integers are not held apart for every kernel, and these are slices in a loop
 

@@ -7,9 +7,10 @@ import numpy as np
 from pallas_kernels import checks
 from pallas_kernels.mla_decode import hopper, reference
 from pallas_kernels.mla_decode.cache import LATENT, PAGE_SIZE, ROPE, check_pool, latent_width, mla_append
+from pallas_kernels.mla_decode.hopper import supports
 from pallas_kernels.platform import dispatch
 
-__all__ = ["mla_append", "mla_decode"]
+__all__ = ["mla_append", "mla_decode", "supports"]
 
 
 def mla_decode(

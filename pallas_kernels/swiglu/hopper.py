@@ -12,16 +12,18 @@ from pallas_kernels.quantize.registers import rows_layout
 from pallas_kernels.quantize.transposed import any_row
 from pallas_kernels.quantized import num_blocks, pad_to
 from pallas_kernels.store import store
-from pallas_kernels.swiglu import reference
 
 ROWS, COLUMNS = 128, 64
 IN_REGISTERS = 32  # rows at a time
 
 
+def supports(gate_up, d_hidden) -> bool:
+    """Whether the kernel takes operands of this width and these dtypes."""
+    return d_hidden.shape[1] % COLUMNS == 0 and {gate_up.dtype.itemsize, d_hidden.dtype.itemsize} == {2}
+
+
 def swiglu_gradient(gate_up, d_hidden, row_weights=None, *, interpret=None):
     tokens, width = d_hidden.shape
-    if width % COLUMNS or {gate_up.dtype.itemsize, d_hidden.dtype.itemsize} != {2}:
-        return reference.swiglu_gradient(gate_up, d_hidden, row_weights)
     tiles, columns_of_up = num_blocks(tokens), width // COLUMNS
     operands = [gate_up, d_hidden]
     operands += [] if row_weights is None else [pad_to(row_weights.astype(jnp.float32), (tiles * ROWS,))]

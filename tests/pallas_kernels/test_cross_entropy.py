@@ -26,12 +26,11 @@ def in_float64(logits, targets, weights):
     return gradient * np.asarray(weights, np.float64)[:, None], lse[:, 0]
 
 
-@pytest.mark.parametrize("width", [3 * PART, 1000])  # parts in a ring of two; a width that the kernel leaves to XLA
 @pytest.mark.parametrize(
     "function", [pk.cross_entropy_gradient, INTERPRETED, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["reference", "hopper", "gpu"]
 )
-def test_gradient_and_log_sum_exp(function, width):
-    rng = np.random.default_rng(0)
+def test_gradient_and_log_sum_exp(function):
+    rng, width = np.random.default_rng(0), 3 * PART  # parts in a ring of two
     logits = (10 * rng.standard_normal((3, width))).astype(np.float32)
     logits[1, : width // 2] -= 1000  # whose exponentials are zero beside the others'
     targets, weights = np.array([0, width - 1, 700], np.int32), np.array([1, 0.3, 0], np.float32)
@@ -56,6 +55,18 @@ def test_log_sum_exp_in_one_pass():
     x[1, 3], x[2], x[3, 5] = -np.inf, -1e30, np.nan
     expected = np.log(np.sum(np.exp(x - x.max(-1, keepdims=True), dtype=np.float64), -1)) + x.max(-1)
     np.testing.assert_allclose(jax.jit(reference.log_sum_exp_in_one_pass)(x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "width, dtype, is_kernel", [(3 * PART, "bfloat16", True), (3 * PART, "float32", False), (129280, "bfloat16", False)]
+)
+def test_what_the_kernel_does_not_take_is_plain_jax_and_refused_by_name(width, dtype, is_kernel):
+    operands = [jax.ShapeDtypeStruct((3, *shape), kind) for shape, kind in (((width,), jnp.float32), ((), jnp.int32), ((), jnp.float32))]
+    lowered = lambda **options: jax.jit(functools.partial(pk.cross_entropy_gradient, dtype=dtype, **options)).trace(*operands)  # noqa: E731
+    assert ("mosaic_gpu" in lowered().lower(lowering_platforms=("cuda",)).as_text()) == is_kernel
+    if not is_kernel:
+        with pytest.raises(ValueError, match=r"logits: expected for a bfloat16 gradient, W of a multiple of 4096"):
+            lowered(implementation="hopper")
 
 
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")

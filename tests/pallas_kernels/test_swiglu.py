@@ -46,6 +46,16 @@ def test_gradients(gradient, weighted):
         assert d_row_weights is None
 
 
+@pytest.mark.parametrize("width, dtype, is_kernel", [(64, jnp.bfloat16, True), (72, jnp.bfloat16, False), (64, jnp.float32, False)])
+def test_what_the_kernel_does_not_take_is_plain_jax_and_refused_by_name(width, dtype, is_kernel):
+    operands = [jax.ShapeDtypeStruct((140, n), dtype) for n in (2 * width, width)]
+    lowered = lambda **options: jax.jit(functools.partial(pk.swiglu_gradient, **options)).trace(*operands)  # noqa: E731
+    assert ("mosaic_gpu" in lowered().lower(lowering_platforms=("cuda",)).as_text()) == is_kernel
+    if not is_kernel:
+        with pytest.raises(ValueError, match="gate_up: expected 16 bits, as of d_hidden, and F of a multiple of 64"):
+            lowered(implementation="hopper")
+
+
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
 def test_compiles():
     specs = [jax.ShapeDtypeStruct((5000, n), jnp.bfloat16) for n in (4096, 2048)] + [jax.ShapeDtypeStruct((5000,), jnp.float32)]
