@@ -132,7 +132,7 @@ def test_checked_in_choices_are_of_known_ops():
 
 def test_every_dense_shape_has_a_measured_choice_of_its_kind():
     """The nearest one may be for another number of row tiles: 4096 x 7168 with 64 rows once took a tile of 128."""
-    measured = {(e["m"], e["n"], e["k"]) for e in tuning._measured("NVIDIA H100 80GB HBM3") if e["op"] == "matmul" and e["num_sms"] == 132}
+    measured = {(e["m"], e["n"], e["k"]) for e in tuning._measured("NVIDIA H200") if e["op"] == "matmul" and e["num_sms"] == 132}
     assert measured >= {(m, n, k) for m in (64, 128, 4096) for n, k in dense_shapes.NK}
 
 
