@@ -14,7 +14,7 @@ from dsv3_jax import compilation_cache
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving.batch import run_batch
 from dsv3_jax.serving.engine import Engine
-from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api
+from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, validate
 from dsv3_jax.serving.request import Request
 from dsv3_jax.serving.text import ReasoningSplitter
 
@@ -32,6 +32,9 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
         return bench.run(engine, options)
     if options.input and not options.input.is_file():
         raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
+    defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
+    validate(COMPLETIONS, defaults)
     socket = None
     if options.http:
         from dsv3_jax.serving import http  # its packages are an extra
@@ -39,8 +42,6 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
         socket = http.listen(options.host, options.port)
     compilation_cache.use()
     engine = make_engine()
-    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
-    defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
     if options.prompt is not None:
         defaults.setdefault("max_tokens", _PROMPT_TOKENS)
     api = Api(engine, options.model_name or options.model.resolve().name, defaults)
