@@ -46,7 +46,7 @@ def pytest_collection_finish():
 
 
 # Files that take half a minute or more, the longest first
-LONG = ["run", "step", "exchange", "notebook", "train_command", "executor", "recipes", "weights", "http", "engine", "mesh", "speculation"]
+LONG = ["run", "step", "exchange", "train_command", "executor", "recipes", "weights", "http", "engine", "mesh", "speculation"]
 LONG += ["loss", "products", "reference_models", "spread"]
 
 

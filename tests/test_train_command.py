@@ -1,4 +1,4 @@
-"""The command: its errors, its help, stopping it and killing it."""
+"""The command: its errors, its help, stopping it and killing it, and the notebook on its run."""
 
 import importlib.util
 import os
@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import jax
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """The path of a recipe of a run of seconds."""
-    path = write_recipe(tmp_path_factory.mktemp("recipe"), steps=60, batch_size=4, checkpoint_every=20)
+    path = write_recipe(tmp_path_factory.mktemp("recipe"), steps=60, batch_size=4, checkpoint_every=20, eval_every=20)
     (path.parent / "corpus" / "latin1.py").write_bytes("# caf\u00e9".encode("latin-1"))
     return str(path)
 
@@ -88,6 +90,17 @@ def test_output_of_a_run(whole, recipe):
         assert words in output
     assert "sample:\n" in output
     assert f"python train.py {shlex.quote(recipe)} --workdir {folder}" in output and f"python serve.py {folder} --prompt" in output
+
+
+def test_the_notebook_runs_from_top_to_bottom(whole, monkeypatch):
+    monkeypatch.setenv("RUN", str(whole[0]))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the plot is missing"
+    assert any("bits" in output.get("text", "") for output in outputs)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(whole, recipe, environment, tmp_path):
