@@ -106,10 +106,10 @@ class Run:
         saved = self.resumed_from.load(items)
         return TrainState(params=saved["params"], ema=saved.get("ema"), **saved["train_state"])
 
-    def _save(self, writer: checkpoint.Writer) -> None:
+    def _save(self) -> None:
         position = {"step": self.step, "row": self.row, "rows": self.prepared.directory.name}
         with self.watch.waiting(f"saving step {self.step}"):
-            writer.save(self.step, _items(self.state) | {"data": position})
+            self.writer.save(self.step, _items(self.state) | {"data": position})
 
     # Steps.
 
@@ -119,20 +119,20 @@ class Run:
             if self.resumed_from is not None and self.resumed_from.directory.parent == directory.absolute():
                 checkpoint.set_aside_after(directory, self.step)
             checkpoint.write_atomically(directory / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-        writer = checkpoint.Writer(directory, to_dict(config), keep=config.keep_checkpoints)
+        self.writer = checkpoint.Writer(directory, to_dict(config), keep=config.keep_checkpoints)
         log = MetricsLog(directory if reports else None, self.step)
         progress = Progress(config.steps, quiet=not reports)
         try:
             with progress:
                 progress.say(self._banner())
-                self._train(writer, log, progress)
+                self._train(log, progress)
                 bits = self._evaluate_all(log, progress) if not self.stop else None
         finally:
             log.close()
-            writer.wait()
+            self.writer.wait()
         return Result(directory, self.step, self.stop[0] if self.stop else None, bits, self.prepared)
 
-    def _train(self, writer: checkpoint.Writer, log: MetricsLog, progress: Progress) -> None:
+    def _train(self, log: MetricsLog, progress: Progress) -> None:
         config, clock = self.config, _Clock()
         steps = list(schedules.steps(config, self.step, self.row))
         batches = self.loader.batches((step.first_row, step.num_rows) for step in steps)
@@ -152,7 +152,7 @@ class Run:
                 self._report(*pending, clock, log, progress)
                 pending = None
                 if last or self.step % config.checkpoint_every == 0:
-                    self._save(writer)
+                    self._save()
                 if evaluates:
                     self._evaluate_some(metrics["load"], log, progress)
                     clock.pause()
@@ -192,6 +192,7 @@ class Run:
         left = schedules.total_tokens(self.config) - values["tokens"]
         progress.show(number, values | {"seconds_left": left / clock.tokens_per_second if clock.tokens_per_second else float("inf")})
         if values["skipped_in_row"] >= self.config.max_bad_steps:
+            self.writer.wait()  # or the last one would be named too early
             steps = checkpoint.complete_steps(self.directory)
             raise UserError(
                 f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row, up to step {number}: "
