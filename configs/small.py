@@ -6,7 +6,7 @@
 V3's own shape in small: q and kv latents, node-limited routing over 8 groups, 128/64/128 head widths and a latent of 512, so that the
 Hopper kernels run at the widths they were made for; its own 32k byte-level BPE; rows of 4,096 tokens. Few layers of few, wide experts: at
 this size a GPU spends more time on moving activations than on products when they are narrow.
-Measured on one H200, steps of one microbatch: 250,200 tokens/s and 46 GiB in bf16, 257,300 and 31 in fp8 (docs/benchmarks.md).
+Measured on one H200, steps of one microbatch: 250,200 tokens/s and 46 GiB in bf16, 257,300 and 31 in fp8 (docs/benchmarks/training.md).
 """
 
 import sysconfig
