@@ -43,14 +43,18 @@ def bfloat16(name, x, ndim):
     expect(all(x.shape), name, x, "no empty axis")
 
 
-def group_sizes(name, sizes, groups, total=None):
-    """int32 [groups]; their sum is checked where the values are known, that is outside of jit."""
+def group_sizes(name, sizes, groups, total=None, most=None):
+    """int32 [groups] whose sum is `total`, or at most `most`; the values are checked where they are known, that is outside of jit."""
     ok = hasattr(sizes, "dtype") and jnp.issubdtype(sizes.dtype, jnp.integer) and sizes.shape == (groups,)
     expect(ok, name, sizes, f"integers [{groups}], one for each group")
     if total is not None and not isinstance(sizes, jax.core.Tracer):
         known = np.asarray(sizes)
         if known.min() < 0 or known.sum() != total:
             raise ValueError(f"{name}: expected sizes >= 0 that sum to the {total} rows, got {describe(sizes)} with sum {known.sum()}")
+    if most is not None and not isinstance(sizes, jax.core.Tracer):
+        known = np.asarray(sizes)
+        if known.min() < 0 or known.sum() > most:
+            raise ValueError(f"{name}: expected sizes >= 0 of at most {most} rows in all, got {describe(sizes)} with sum {known.sum()}")
 
 
 def counts(name, values, groups, limit):

@@ -179,6 +179,8 @@ def gemm(config: Config, problem: Problem, operands, arrays, *, table=None, out=
     """
     if problem.ragged and config.staged(problem.out_type.dtype) * problem.out_type.dtype.itemsize % TMA_ALIGNMENT:
         raise ValueError(f"config: tiles of a ragged problem need rows of {TMA_ALIGNMENT} bytes to be stored one by one, got {config}")
+    if problem.accumulate and problem.units and config.multicast == "b" and problem.units % config.cluster:
+        raise ValueError(f"problem: {problem.units} row tiles for clusters of {config.cluster} would add the last one twice")
     arguments = [*arrays, *([] if table is None else [table.rows]), *([out] if problem.accumulate else [])]
     kernel = plgpu.kernel(
         functools.partial(_body, config, problem, operands, len(arrays), table and table.known, interpret is not None),

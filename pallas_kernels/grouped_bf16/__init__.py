@@ -22,7 +22,7 @@ def grouped_bf16_matmul(x, w, group_sizes, *, transposed=True, num_sms=None, imp
     checks.bfloat16("w", w, ndim=3)
     layout = f"[G, N, {x.shape[1]}]" if transposed else f"[G, {x.shape[1]}, N]"
     checks.expect(x.shape[1] == w.shape[2 if transposed else 1], "w", w, f"{layout}, the K of x")
-    checks.group_sizes("group_sizes", group_sizes, w.shape[0])
+    checks.group_sizes("group_sizes", group_sizes, w.shape[0], most=x.shape[0])
     checks.num_sms(num_sms)
     options = {"transposed": transposed, "num_sms": num_sms}
     kernel, plain = hopper.grouped_bf16_matmul, reference.grouped_bf16_matmul
@@ -35,7 +35,8 @@ def grouped_bf16_wgrad(dy, x, group_sizes, *, num_sms=None, implementation=None)
     Args:
       dy: bfloat16 [T, N], rows sorted by group.
       x: bfloat16 [T, K], likewise.
-      group_sizes: int32 [G] on the device, any sizes; empty groups give zeros. Rows past their sum must be finite.
+      group_sizes: int32 [G] on the device, any sizes; empty groups give zeros. All rows must be finite, those past the
+        sum as well: the kernel takes 64 at a time, and a NaN may reach the gradients of the groups before and after its own.
       num_sms, implementation: as in `fp8_matmul`.
 
     Returns float32 [G, N, K]. Raises ValueError for wrong dtypes, shapes, or a device that cannot run it.
@@ -43,7 +44,8 @@ def grouped_bf16_wgrad(dy, x, group_sizes, *, num_sms=None, implementation=None)
     checks.bfloat16("dy", dy, ndim=2)
     checks.bfloat16("x", x, ndim=2)
     checks.expect(x.shape[0] == dy.shape[0], "x", x, f"[{dy.shape[0]}, K], the rows of dy")
-    checks.group_sizes("group_sizes", group_sizes, getattr(group_sizes, "shape", (0,))[0])
+    checks.expect(getattr(group_sizes, "ndim", None) == 1, "group_sizes", group_sizes, "integers [G]")
+    checks.group_sizes("group_sizes", group_sizes, group_sizes.shape[0], most=x.shape[0])
     checks.num_sms(num_sms)
     kernel, plain = hopper.grouped_bf16_wgrad, reference.grouped_bf16_wgrad
     return dispatch("grouped_bf16_wgrad", implementation, dy, x, group_sizes, hopper=kernel, reference=plain, num_sms=num_sms)

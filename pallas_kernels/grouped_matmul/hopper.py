@@ -39,6 +39,8 @@ def masked_fp8_matmul(a, b, counts, *, expected_count=None, out_dtype=jnp.bfloat
     (groups, rows, k), n = a.shape, b.shape[1]
     num_sms = num_sms or device_sms()
     config = config or tuning.choose("masked_matmul", min(rows, expected_count or 128), n, k, num_sms, groups)
+    if config.cluster > 1 and config.multicast == "b":
+        raise ValueError(f"config: neighbouring row tiles may be of two groups, which share no b, got {config}")
     a, b = pad_operand(a, rows=ROWS), pad_operand(b, rows=64)
 
     most = -(-rows // config.tile_m)

@@ -59,6 +59,11 @@ def mla_decode(
         raise ValueError(f"q must be [B, S_q, H, {width}] for this pool, got {q.shape}")
     if page_table.ndim != 2 or page_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
         raise ValueError(f"page_table must be [B, pages] and lengths [B] with B = {q.shape[0]}, got {page_table.shape}, {lengths.shape}")
+    for name, x in (("page_table", page_table), ("lengths", lengths)):
+        checks.expect(jnp.issubdtype(x.dtype, jnp.integer), name, x, "integers")
+    for name, x in (("q", q), ("kv_pages", kv_pages), ("page_table", page_table)):
+        checks.expect(x.size, name, x, "no empty axis")
+    checks.expect(jnp.issubdtype(q.dtype, jnp.floating), "q", q, "bfloat16 or float32")
     if not 0 < value_width <= width or (kv_pages.dtype == jnp.uint8 and value_width != LATENT):
         raise ValueError(f"value_width {value_width} does not fit a pool of width {width}")
     checks.out_dtype(out_dtype)

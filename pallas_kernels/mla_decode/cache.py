@@ -11,6 +11,8 @@ in pages of 64 tokens, in any order; a page table names the pages of each sequen
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import checks
+
 PAGE_SIZE = 64
 LATENT, ROPE = 512, 64  # of DeepSeek-V3, the only widths of the FP8 layout
 TILE = 128  # codes that share a scale
@@ -91,6 +93,9 @@ def mla_append(kv_pages, latent, page_table, positions):
         raise ValueError(f"positions must be [B, S] = {latent.shape[:2]}, got {positions.shape}")
     if page_table.ndim != 2 or page_table.shape[0] != latent.shape[0]:
         raise ValueError(f"page_table must be [B, pages] with B = {latent.shape[0]}, got {page_table.shape}")
+
+    for name, x in (("page_table", page_table), ("positions", positions)):
+        checks.expect(jnp.issubdtype(x.dtype, jnp.integer), name, x, "integers")
 
     num_pages, width = kv_pages.shape[0], page_table.shape[1]
     index = positions // PAGE_SIZE

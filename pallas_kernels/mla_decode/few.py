@@ -228,7 +228,8 @@ def _attend(q, table, lengths, bounds, codes, scales, rope, out, lse, partial_ou
     # ---- warpgroups 1 and 2 ----
 
     def now(x, layout):
-        """x, computed before the next wait: or the compiler rounds to bfloat16 behind it, and keeps twice as many registers until then."""
+        """x, loaded and computed before the next arrival or wait. Loads are not ordered against an arrival, after which TMA may overwrite
+        what they read; and rounding behind a wait keeps twice as many registers until then."""
         if interpreted:
             return x
         words = _by_rows(*((8, TILE // 2, 2, 4) if layout is CODES else (16, ROPE // 2, 4, 4)))
@@ -249,7 +250,8 @@ def _attend(q, table, lengths, bounds, codes, scales, rope, out, lse, partial_ou
                 x *= plgpu.layout_cast(lax.broadcast_in_dim(factor, x.shape, [0]), CODES)
                 values.append((start, pl.ds(tile * TILE, TILE), now(x.astype(jnp.bfloat16), CODES), CODES))
             if side == 1:
-                values.append((0, pl.ds(LATENT, ROPE), plgpu.load(smem["rope"].at[stage], layout=VALUES, optimized=False), VALUES))
+                x = plgpu.load(smem["rope"].at[stage], layout=VALUES, optimized=False)
+                values.append((0, pl.ds(LATENT, ROPE), now(x, VALUES), VALUES))
             plgpu.barrier_arrive(smem["page_empty"].at[stage])
             wait_if(done > 0, smem["empty"].at[side])
 

@@ -15,7 +15,7 @@ def fp8_wgrad(a, b, accumulate=None, *, num_sms=None, config=None, interpret=Non
     n, tokens = a.shape
     num_sms = num_sms or device_sms()
     config = config or tuning.choose("wgrad", n, b.shape[0], tokens, num_sms)
-    m_tiles, blocks = -(-n // config.tile_m), num_blocks(tokens)
+    m_tiles, blocks = _row_tiles(n, config), num_blocks(tokens)
     share = -(-blocks // config.split_k)
     parts = -(-blocks // share)  # small gradients of many tokens: the tokens are shared out, and the parts are summed
 
@@ -34,13 +34,18 @@ def grouped_fp8_wgrad(a, b, group_sizes, accumulate=None, *, num_sms=None, confi
     n, groups = a.shape[0], group_sizes.shape[0]
     num_sms = num_sms or device_sms()
     config = config or tuning.choose("grouped_wgrad", n, b.shape[0], a.shape[1] // groups, num_sms, groups)
-    share = config.cluster if config.multicast == "b" else 1  # neighbours that share `b` must be of one group
-    m_tiles = -(-n // (config.tile_m * share)) * share
+    m_tiles = _row_tiles(n, config)
     group, tile = jnp.divmod(jnp.arange(groups * m_tiles, dtype=jnp.int32), m_tiles)
     starts = padded_starts(group_sizes) // BLOCK
     units = Unit(tile * (config.tile_m // ROWS), 0, group, starts[group], (starts[1:] - starts[:-1])[group])
     table = Table.of(units, jnp.int32(groups * m_tiles))
     return _run(config, a, b, accumulate, (groups,), num_sms, interpret, table=table, grouped=("out",))
+
+
+def _row_tiles(n, config):
+    """How many for n rows. Neighbours that share `b` must be of one group, and the odd one out must not add its neighbour's tile again."""
+    share = config.cluster if config.multicast == "b" else 1
+    return -(-n // (config.tile_m * share)) * share
 
 
 def _run(config, a, b, accumulate, lead, num_sms, interpret, *, table=None, **problem):

@@ -8,7 +8,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import aot, tuning
-from pallas_kernels.gemm import SMEM_BYTES
+from pallas_kernels.gemm import SMEM_BYTES, Problem, gemm
 from pallas_kernels.grouped_bf16 import shapes as bf16_shapes
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.grouped_matmul.hopper import grouped_fp8_matmul
@@ -101,6 +101,16 @@ def test_accumulation_is_in_place():
     function, arguments = CASES["grouped-wgrad-4x8192-4096-7168"]
     stats = jax.jit(function, donate_argnums=3).lower(*aot.on_h200(arguments)).compile().memory_analysis()
     assert stats.alias_size_in_bytes == 4 * 4096 * 7168 * 4 and stats.temp_size_in_bytes < 2**20
+
+
+def test_no_row_tile_is_added_twice():
+    """Where two CTAs share b and the row tiles are odd in number, the second of the last pair has no tile; once it repeated the first's."""
+    assert tuning.choose("wgrad", 2112, 7168, 8192, 132).multicast == "b" and -(-2112 // 128) % 2 == 1
+    arguments = tiles(2112, 8192), tiles(7168, 8192), array(2112, 7168, dtype=jnp.float32)
+    jax.jit(accumulate(pk.fp8_wgrad)).trace(*arguments).lower(lowering_platforms=("cuda",))  # or gemm refuses it
+    problem = Problem(7168, arguments[-1], units=17, unit=lambda i: None, accumulate=True)
+    with pytest.raises(ValueError, match="17 row tiles for clusters of 2"):
+        gemm(tuning.Config(128, 128, 2, "m", 2, "b"), problem, None, (), num_sms=4)
 
 
 @pytest.mark.parametrize("op", tuning.OPS)

@@ -74,6 +74,11 @@ CASES = {
         r"w: expected \[G, 256, N\], the K of x, got bfloat16 \[2, 64, 256\]",
     ),
     "rows of x": (lambda: pk.grouped_bf16_wgrad(BF16, BF16[:8], sizes(9, 7)), r"x: expected \[16, K\], the rows of dy"),
+    "too many rows in groups": (
+        lambda: pk.grouped_bf16_matmul(BF16, jnp.zeros((2, 64, 256), jnp.bfloat16), sizes(9, 8)),
+        r"group_sizes: expected sizes >= 0 of at most 16 rows in all, got int32 \[2\] with sum 17",
+    ),
+    "no group sizes": (lambda: pk.grouped_bf16_wgrad(BF16, BF16, None), r"group_sizes: expected integers \[G\], got NoneType"),
     "integers": (lambda: pk.quantize_tiles(jnp.zeros((4, 128), jnp.int32)), r"x: expected a floating-point array .* int32 \[4, 128\]"),
     "one axis": (lambda: pk.quantize_tiles(jnp.zeros(128)), r"x: expected .* at least two axes, got float32 \[128\]"),
     "empty": (lambda: pk.quantize_tiles(jnp.zeros((0, 128))), r"x: expected no empty axis"),

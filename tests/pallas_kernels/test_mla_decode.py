@@ -183,5 +183,11 @@ def test_rejects_what_does_not_fit():
         mla_decode(q, pool.view(np.uint8), page_table, lengths, softmax_scale=SCALE)
     with pytest.raises(ValueError, match="lengths"):
         mla_decode(q, pool, page_table, lengths[None], softmax_scale=SCALE)
+    with pytest.raises(ValueError, match=r"page_table: expected integers, got float32 \[1, 1\]"):
+        mla_decode(q, pool, page_table.astype(np.float32), lengths, softmax_scale=SCALE)
+    with pytest.raises(ValueError, match=r"page_table: expected no empty axis, got int32 \[1, 0\]"):
+        mla_decode(q, pool, page_table[:, :0], lengths * 0, softmax_scale=SCALE)
+    with pytest.raises(ValueError, match=r"positions: expected integers, got float32 \[1, 1\]"):
+        mla_append(pool, np.zeros((1, 1, 576)), page_table, np.zeros((1, 1), np.float32))
     with pytest.raises(ValueError, match="latent must be"):
         mla_append(pool, np.zeros((1, 1, 512)), page_table, np.zeros((1, 1), np.int32))
