@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -15,6 +16,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 os.environ.setdefault("NPROC", "32")
+
+# A command that a test starts imports two thousand modules: 4 s of CPU, or 10 where it has to compile them, as it has where nobody kept them.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # On a CPU what one test compiled no other compiles again, in whatever process of this run it is. Nothing is kept for the next run.
 CACHE = "dsv3_jax_tests_"
