@@ -192,7 +192,8 @@ def test_v2_and_moonlight(reference, name):
         close(weights, expected[f"weights_{layer}"], 1e-5 * model.config.routed_scaling_factor)
 
 
-@pytest.mark.parametrize("name", V2_AND_MOONLIGHT)
+# What V2 has beside V2-Lite, groups and a latent of queries, is in the gradients of V3 as well.
+@pytest.mark.parametrize("name", ["tiny_v2_lite", slow("tiny_v2"), "tiny_moonlight"])
 def test_v2_and_moonlight_gradients(reference, name):
     model, expected = reference(name)
     terms, _, gradients = losses_and_gradients(model, expected["ids"])(0, 1)
