@@ -7,11 +7,8 @@ python train.py small --supervise 8               eight processes, a GPU each, s
 python train.py deepseek_v3 --dry-run             parameters, bytes a device, tokens a step; nothing is allocated
 """
 
-import contextlib
 import dataclasses
 import importlib.util
-import io
-import itertools
 import os
 import shlex
 import signal
@@ -21,6 +18,7 @@ from pathlib import Path
 
 import tyro
 
+from dsv3_jax import command_line
 from dsv3_jax.config import TrainConfig, did_you_mean
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import processes
@@ -43,14 +41,9 @@ class Command(TrainConfig):
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 done, 2 wrong input or a run that cannot go on, 128 + N stopped by signal N with everything saved."""
-    try:
-        return train(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # the second Ctrl-C; the first saves
-        return 128 + signal.SIGINT
+    """Exit status: 0 done, 2 wrong input or a run that cannot go on, 128 + N stopped by signal N with everything saved (a
+    second Ctrl-C ends the process at once: the save in flight is lost)."""
+    return command_line.run(lambda: train(argv))
 
 
 def train(argv: list[str]) -> int:
@@ -58,9 +51,11 @@ def train(argv: list[str]) -> int:
     recipe, options = (argv[0], argv[1:]) if named else ("tiny", argv)
     command = parse(load_recipe(recipe), options)
     config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
-    config = dataclasses.replace(config, workdir=config.workdir.format(recipe=Path(recipe).stem))
+    config = dataclasses.replace(config, workdir=config.workdir.replace("{recipe}", Path(recipe).stem))
     if command.aot and not command.dry_run:
         raise UserError("--aot compiles without running anything: give --dry-run with it")
+    if command.fake_devices is not None and command.fake_devices < 1:
+        raise UserError(f"--fake-devices {command.fake_devices} must be at least 1")
     if command.min_processes is not None and command.supervise is None:
         raise UserError("--min-processes says how few --supervise may go on with: give --supervise with it")
     if command.supervise is not None:
@@ -130,7 +125,7 @@ def load_recipe(name: str) -> TrainConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.recipe()
+        found = module.recipe()
     except UserError:
         raise
     except Exception as error:  # whatever a file of the user's own does
@@ -139,6 +134,9 @@ def load_recipe(name: str) -> TrainConfig:
         raise UserError(
             f"the recipe {path} fails ({place}{type(error).__name__}: {error}): it needs a function recipe() that works"
         ) from None
+    if not isinstance(found, TrainConfig):
+        raise UserError(f"recipe() of {path} returns a {type(found).__name__}: it must return a dsv3_jax.config.TrainConfig")
+    return found
 
 
 def parse(recipe: TrainConfig, options: list[str]) -> Command:
@@ -149,18 +147,8 @@ def parse(recipe: TrainConfig, options: list[str]) -> Command:
         name = option.partition("=")[0].removeprefix("--").replace("_", "-")
         if option.startswith("--") and name not in known and name.removeprefix("no-") not in known:
             raise UserError(f"unknown option --{name}{did_you_mean(name, known)}: --help lists them")
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(Command, default=default, args=options, prog="train.py", config=(tyro.conf.AvoidSubcommands,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box: a title, the message, a rule, and help; without lines around it where the terminal is not UTF-8.
-        rule = "─- "
-        lines = itertools.dropwhile(lambda line: not line.strip(rule), (line.strip("│ ") for line in printed.getvalue().splitlines()[1:]))
-        message = " ".join(itertools.takewhile(lambda line: line.strip(rule), lines))
-        raise UserError(f"{message} (--help lists the options)") from None
+    options = {"default": default, "args": options, "prog": "train.py", "config": (tyro.conf.AvoidSubcommands,)}
+    return command_line.parsed(lambda: tyro.cli(Command, **options))
 
 
 def field_names(config, prefix: str = "") -> list[str]:

@@ -143,7 +143,8 @@ class Saved:
 class Writer:
     """Saves steps of a run asynchronously, keeps the last `keep` complete ones, and clears what an interrupted save has left.
 
-    config: the resolved configuration, stored with every step (see `Saved.config`).
+    `wait` before the program ends: while Python shuts down Orbax may not start the threads it needs, and a save in flight then neither
+    completes nor lets the program go. config: the resolved configuration, stored with every step (see `Saved.config`).
     """
 
     def __init__(self, directory: str | Path, config: dict, *, keep: int):
@@ -170,7 +171,6 @@ class Writer:
             )
         except OSError as error:
             raise self._failed(error) from error
-        # Not a daemon: a program that ends without `wait` still ends with a complete step.
         self._finisher = threading.Thread(target=self._finish, args=(saving, step), name=f"checkpoint {step}")
         self._finisher.start()
 
@@ -182,6 +182,11 @@ class Writer:
         if self._error is not None:
             error, self._error = self._error, None
             raise self._failed(error) from error
+
+    def check(self) -> None:
+        """Without waiting: raises UserError where the last save has failed already."""
+        if self._finisher is not None and not self._finisher.is_alive():
+            self.wait()
 
     def _failed(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -207,8 +212,8 @@ def save_streaming(directory: str | Path, step: int, config: dict, leaves: Itera
     """
     folder = Path(directory).absolute() / str(step)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         for tree in _together(leaves):
+            folder.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to write
             ocp.partial.save(folder, tree, custom_metadata={"config": config})
             del tree  # before the next one is made
         ocp.partial.finalize(folder)

@@ -6,9 +6,18 @@ in the same words. A recipe (`configs/*.py`) is a function that returns a `Train
 
 import dataclasses
 import difflib
+import math
 from typing import Any, Literal
 
 from dsv3_jax.errors import UserError
+
+
+def _check_at_least(least: int, config: Any, *names: str) -> None:
+    """Raises UserError where one of the fields is less, not a number or infinite; None says that there is nothing to check."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{name}={value} must be at least {least}{' and finite' if isinstance(value, float) else ''}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +70,16 @@ class ModelConfig:
     eos_token_id: int | None = 1
 
     def __post_init__(self):
-        if self.num_hidden_layers < 1 or not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+        _check_at_least(1, self, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+        _check_at_least(1, self, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        _check_at_least(1, self, "max_position_embeddings")
+        _check_at_least(0, self, "n_shared_experts", "num_nextn_predict_layers", "rms_norm_eps", "initializer_range")
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise UserError(f"first_k_dense_replace={self.first_k_dense_replace} must lie in 0..num_hidden_layers={self.num_hidden_layers}")
         if self.qk_rope_head_dim % 2:
             raise UserError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs")
         if self.num_moe_layers or self.num_nextn_predict_layers:
+            _check_at_least(1, self, "moe_intermediate_size", "n_routed_experts", "n_group")
             if self.n_routed_experts % self.n_group:
                 raise UserError(f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}")
             if not 1 <= self.topk_group <= self.n_group:
@@ -134,6 +148,15 @@ class OptimizerConfig:
     mtp_tail_start: float = 10 / 14.8
 
     def __post_init__(self):
+        _check_at_least(0, self, "learning_rate", "warmup_steps", "decay_ratio", "tail_ratio", "weight_decay", "bias_update_speed")
+        _check_at_least(0, self, "balance_loss_weight", "mtp_loss_weight", "mtp_loss_weight_tail")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"{name}={value} must lie in 0..1, 1 excluded")
+        for name in ("eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be more than 0")
         if not 0 <= self.decay_start <= self.decay_end <= self.tail_start:
             raise UserError("decay_start <= decay_end <= tail_start must hold: they are the phases of the learning rate, in order")
 
@@ -169,22 +192,13 @@ class TrainConfig:
     max_wait: int = 1800  # seconds for a step, compilation included; beyond it a process ends and says for which others it waited
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "sequence_length",
-            "batch_size",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "eval_every",
-            "max_bad_steps",
-            "max_wait",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.pipeline_max_delayed is not None and self.pipeline_max_delayed < 0:
-            raise UserError(
-                f"pipeline_max_delayed={self.pipeline_max_delayed} must be at least 0, or None for as many as the schedule says"
-            )
+        _check_at_least(1, self, "steps", "sequence_length", "batch_size", "batch_ramp_from", "checkpoint_every", "keep_checkpoints")
+        _check_at_least(1, self, "eval_every", "eval_rows", "max_bad_steps", "max_wait")
+        _check_at_least(0, self, "pipeline_max_delayed")
+        if not 0 <= self.batch_ramp_end <= 1:
+            raise UserError(f"batch_ramp_end={self.batch_ramp_end} must lie in 0..1: it is a fraction of the run's tokens")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must fit into 64 bits")
         first, micro = self.batch_ramp_from or self.batch_size, self.microbatch_size
         if not 1 <= first <= self.batch_size:
             raise UserError(f"batch_ramp_from={first} must lie in 1..batch_size={self.batch_size}")

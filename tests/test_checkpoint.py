@@ -201,9 +201,12 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *args, **options: Failing())
-    writer.save(2, {"params": {"x": jnp.zeros(3)}})
-    with pytest.raises(UserError, match=r"cannot save a checkpoint .*No space left"):
-        writer.wait()
+    for told in (writer.wait, writer.check):
+        writer.save(2, {"params": {"x": jnp.zeros(3)}})
+        writer._finisher.join()
+        with pytest.raises(UserError, match=r"cannot save a checkpoint .*No space left"):
+            told()
+        writer.check()  # once
     assert checkpoint.complete_steps(tmp_path) == [1]
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Each line may import the lines above it and its own package.
 LAYERS = [
     ["pallas_kernels", "dsv3_jax.errors", "dsv3_jax.compilation_cache"],
-    ["dsv3_jax.config"],
+    ["dsv3_jax.config", "dsv3_jax.command_line"],
     ["dsv3_jax.precision"],
     ["dsv3_jax.model"],
     ["dsv3_jax.parallel", "dsv3_jax.hub", "dsv3_jax.checkpoint", "dsv3_jax.data"],

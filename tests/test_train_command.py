@@ -196,6 +196,18 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--supervise", "2", "--min-processes", "3"], "--supervise 2 and --min-processes 3: give"),
         (["--supervise", "2", "--coordinator", "host:1"], "leave --coordinator"),
         (["--model.vocab-size", "100", "--workdir", "{tmp}/run", *TEXT], "vocab_size is 100"),
+        (["--model.bos-token-id", "7", "--workdir", "{tmp}/run", *TEXT], "bos_token is 0 and model.bos_token_id is 7: give"),
+        (["{tmp}/nothing.py"], "returns a NoneType: it must return a dsv3_jax.config.TrainConfig"),
+        (["--model.hidden-size", "0"], "hidden_size=0 must be at least 1"),
+        (["--model.n-group", "0"], "n_group=0 must be at least 1"),
+        (["--model.num-nextn-predict-layers", "-1"], "must be at least 0"),
+        (["--optimizer.learning-rate", "nan"], "learning_rate=nan must be at least 0 and finite"),
+        (["--optimizer.beta1", "1"], "beta1=1.0 must lie in 0..1"),
+        (["--optimizer.eps", "0"], "eps=0.0 must be more than 0"),
+        (["--batch-ramp-end", "2"], "batch_ramp_end=2.0 must lie in 0..1"),
+        (["--batch-ramp-from", "0"], "batch_ramp_from=0 must be at least 1"),
+        (["--seed", str(2**64)], "must fit into 64 bits"),
+        (["--fake-devices", "0", "--dry-run"], "--fake-devices 0 must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, command):
@@ -204,12 +216,21 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, command):
     (tmp_path / "no_function.py").write_text("x = 1\n")
     (tmp_path / "fails.py").write_text("def recipe():\n    return 1 / 0\n")
     (tmp_path / "syntax.py").write_text("def recipe(:\n")
+    (tmp_path / "nothing.py").write_text("def recipe():\n    pass\n")
     (tmp_path / "text").mkdir()
     for i in range(50):
         (tmp_path / "text" / f"{i}.txt").write_text(f"text number {i} with some words in it\n" * 200)
     status, _, errors = command([arg.format(tmp=tmp_path) for arg in argv])
     assert status == 2
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_ctrl_c_ends_at_once(tmp_path):
+    """The second one, that is. A save in flight keeps Python from ending, as this thread does."""
+    recipe = "import threading\ndef recipe():\n    threading.Thread(target=threading.Event().wait).start()\n    raise KeyboardInterrupt\n"
+    (tmp_path / "interrupted.py").write_text(recipe)
+    done = subprocess.run([sys.executable, "train.py", str(tmp_path / "interrupted.py")], cwd=ROOT, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_commands_to_go_on(command_module):

@@ -5,12 +5,11 @@ import time
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
+from dsv3_jax import command_line
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.prepare import prepare, train_tokenizer
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.errors import UserError
 
 
 def main(
@@ -50,8 +49,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m dsv3_jax.data")
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+    options = command_line.deferred(main)
+    sys.exit(command_line.run(lambda: command_line.parsed(lambda: tyro.cli(options, prog="python -m dsv3_jax.data"))()))

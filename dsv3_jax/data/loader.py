@@ -5,6 +5,7 @@ next few of them, so a reader's state is its seed and its step, a batch-size ram
 with the same batches on any number of processes. Grain's random-access MapDataset over ArrayRecord does the reading.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +25,22 @@ class Loader:
 
     seed: of the order of the rows. segment_ids: whether batches carry what masks attention between documents.
     Of every batch, reader `process_index` of `process_count` gets its slice of the rows, in the order of the indices. Raises
-    UserError where the folder is not a whole preparation.
+    UserError where the folder is not a whole preparation, held-out rows included: a run should not find that at its end.
     """
 
     def __init__(self, directory: str | Path, *, seed: int, process_index: int = 0, process_count: int = 1, segment_ids: bool = False):
         self.prepared = Prepared.open(directory)
         self._process = (process_index, process_count)
         self._segment_ids = segment_ids
-        source = _open(self.prepared, "train")
+        source, _ = _open(self.prepared, "train"), _open(self.prepared, "heldout")
         self.num_rows = len(source)  # of one epoch
         self._rows = grain.MapDataset.source(source).shuffle(seed=seed % 2**32).repeat()
 
     def rows(self, indices: Iterable[int]) -> np.ndarray:
         """int32 [len(indices), sequence_length + 1]: rows of the endless sequence; epoch `e` begins at `e * num_rows`."""
         dtype = self.prepared.dtype
-        return np.stack([np.frombuffer(self._rows[int(index)], dtype) for index in indices]).astype(np.int32)
+        with _damage_told(self.prepared, "train"):
+            return np.stack([np.frombuffer(self._rows[int(index)], dtype) for index in indices]).astype(np.int32)
 
     def batch(self, first_row: int, num_rows: int) -> Batch:
         """This process's part of the global batch of rows `first_row` to `first_row + num_rows`.
@@ -74,7 +76,8 @@ def heldout_batches(directory: str | Path, batch_size: int, *, process_index: in
     source = _open(prepared, "heldout")
     part = _part(batch_size, process_index, process_count)
     for first in range(0, len(source), batch_size):
-        rows = [np.frombuffer(source[i], prepared.dtype) for i in range(first, first + batch_size)[part] if i < len(source)]
+        with _damage_told(prepared, "heldout"):
+            rows = [np.frombuffer(source[i], prepared.dtype) for i in range(first, first + batch_size)[part] if i < len(source)]
         tokens = np.full((part.stop - part.start, prepared.sequence_length + 1), prepared.pad_id, np.int32)
         mask = np.zeros((part.stop - part.start, prepared.sequence_length), np.float32)
         for i, row in enumerate(rows):
@@ -103,12 +106,24 @@ def _part(num_rows: int, process_index: int, process_count: int) -> slice:
 
 
 def _open(prepared: Prepared, split: str) -> grain.sources.ArrayRecordDataSource:
-    path, expected = prepared.directory / f"{split}.array_record", getattr(prepared, split).rows
-    try:
+    path, expected = _path(prepared, split), getattr(prepared, split).rows
+    with _damage_told(prepared, split):
         source = grain.sources.ArrayRecordDataSource(str(path))
         found = len(source)
-    except Exception as error:  # array_record raises what its C++ gives it
-        raise UserError(f"cannot read {path} ({' '.join(str(error).split())}): remove {prepared.directory} and prepare it again") from error
     if found != expected:
         raise UserError(f"{path} has {found} rows, meta.json says {expected}: remove {prepared.directory} and prepare it again")
     return source
+
+
+@contextlib.contextmanager
+def _damage_told(prepared: Prepared, split: str) -> Iterator[None]:
+    """What array_record raises, whatever its C++ gives it (every record has a checksum), as a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read {_path(prepared, split)} ({reason}): remove {prepared.directory} and prepare it again") from error
+
+
+def _path(prepared: Prepared, split: str) -> Path:
+    return prepared.directory / f"{split}.array_record"

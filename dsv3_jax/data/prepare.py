@@ -67,8 +67,10 @@ class Prepared:
         try:
             meta = json.loads(path.read_text())
             return cls(directory=Path(directory), **meta | {split: Counts(**meta[split]) for split in ("train", "heldout")})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{directory} is not a prepared corpus (no valid meta.json): make one with python -m dsv3_jax.data") from error
+        except OSError as error:
+            raise UserError(f"{directory} is not a prepared corpus (no meta.json): make one with python -m dsv3_jax.data") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged: remove {directory} and prepare it again") from error
 
     @property
     def dtype(self) -> np.dtype:

@@ -73,6 +73,8 @@ class Tokenizer:
             text = (directory / "tokenizer.json").read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read {directory}/tokenizer.json ({error.strerror}): give a folder that has one") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{directory}/tokenizer.json is not a tokenizer ({error}): restore the file") from error
         config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
         try:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
@@ -153,6 +155,10 @@ class Tokenizer:
             raise UserError(f"tokenizer_config.json names no {key}: add it")
         return token
 
+    def special_id(self, key: str) -> int | None:
+        """The id of what tokenizer_config.json names as `key` ("bos_token", "eos_token", ...); None where it names nothing."""
+        return self.token_id(self._special(key)) if self.config.get(key) else None
+
     @cached_property
     def bos_id(self) -> int:
         return self.token_id(self._special("bos_token"))
@@ -164,7 +170,8 @@ class Tokenizer:
     @cached_property
     def pad_id(self) -> int:
         """EOS where the tokenizer names no padding token."""
-        return self.token_id(self._special("pad_token")) if self.config.get("pad_token") else self.eos_id
+        found = self.special_id("pad_token")
+        return self.eos_id if found is None else found
 
     @cached_property
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dsv3_jax import command_line
 from dsv3_jax.errors import UserError
 
 
@@ -35,10 +36,11 @@ def to_orbax(source: Annotated[Path, tyro.conf.Positional], run: Annotated[Path,
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is not an empty directory: give a new run folder")
     model, _ = config_json.read(source)
+    tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
     config = to_dict(TrainConfig(model=model))
     save_streaming(run, 0, config, loading.stream(source, shardings=shardings(model, make(mesh) if mesh else None)))
-    if (source / "tokenizer.json").exists():
-        Tokenizer.load(source).save(run / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save(run / "tokenizer")
     (run / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     print(f"{run}: one step, 0; generate with python serve.py {run}, train on with python train.py ... --init-from {run}")
 
@@ -83,13 +85,10 @@ def bench(directory: Annotated[Path | None, tyro.conf.Positional] = None, rounds
 
 
 def main() -> None:
-    try:
-        commands = {"to-orbax": to_orbax, "to-hf": to_hf, "bench": bench}
-        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m dsv3_jax.hub", description=__doc__)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    commands = {name: command_line.deferred(function) for name, function in {"to-orbax": to_orbax, "to-hf": to_hf, "bench": bench}.items()}
+    options = {"prog": "python -m dsv3_jax.hub", "description": __doc__}
+    command_line.parsed(lambda: tyro.extras.subcommand_cli_from_dict(commands, **options))()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

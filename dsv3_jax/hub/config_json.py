@@ -52,6 +52,8 @@ def read(directory: Path) -> tuple[ModelConfig, dict]:
         raise UserError(f"cannot read {path} ({error.strerror}): give a Hugging Face model directory") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object: give a Hugging Face model directory")
     return parse(values, path), values
 
 

@@ -44,13 +44,16 @@ class Stored(NamedTuple):
 
 
 def _read_into(path: Path, offset: int, buffer: memoryview) -> None:
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise UserError(f"{path} ended while it was read: it has been changed; load it again")
-            buffer = buffer[count:]
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise UserError(f"{path} ended while it was read: it has been changed; load it again")
+                buffer = buffer[count:]
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def open_checkpoint(directory: Path) -> dict[str, Stored]:
@@ -61,10 +64,12 @@ def open_checkpoint(directory: Path) -> dict[str, Stored]:
             raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}: give a directory with a safetensors checkpoint")
         return read_header(directory / SINGLE)
     try:
-        file_of = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        file_of = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted(set(file_of.values()))
+    except OSError as error:
+        raise _unreadable(index_path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index_path} is not an index of safetensors files ({error!r}): download it again") from error
-    files = sorted(set(file_of.values()))
     if absent := [name for name in files if not (directory / name).exists()]:
         raise UserError(f"{directory} lacks {first_few(absent)} of the {len(files)} files in {INDEX}: download them")
     stored = {}
@@ -77,12 +82,15 @@ def open_checkpoint(directory: Path) -> dict[str, Stored]:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one file. Raises UserError where the file is shorter or longer than its header says."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{path} is cut short or no safetensors file: {size} bytes, less than its header; download it again")
-        raw = file.read(length)
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{path} is cut short or no safetensors file: {size} bytes, less than its header; download it again")
+            raw = file.read(length)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
@@ -100,6 +108,10 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise UserError(f"{path}: {name} is {stop - start} bytes, which {code} {list(shape)} is not; download it again")
         stored[name] = Stored(path, 8 + length + start, shape, _DTYPES[code])
     return stored
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path} ({error.strerror}): make it readable, or download it again")
 
 
 class Writer:

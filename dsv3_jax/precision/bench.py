@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,8 +22,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax import command_line
 from dsv3_jax.config import ModelConfig, TrainConfig
-from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import combine, dispatch
 from dsv3_jax.precision import attach, check_devices, quantize_params
@@ -259,7 +260,7 @@ def recipe_config(arguments) -> TrainConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layers", "step", "memory"])
     parser.add_argument("--recipe", default="small", help="of configs/, for step and memory")
     parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8"], help="for step and layers")
@@ -270,13 +271,10 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="also the kernels of one call that take longest (step, layers)")
     arguments = parser.parse_args()
-    try:
-        if arguments.what != "memory":
-            check_devices(named_recipe("fp8"))
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    if arguments.what != "memory":
+        check_devices(named_recipe("fp8"))
     {"layers": v3_layers, "step": step, "memory": memory}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

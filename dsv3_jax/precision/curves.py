@@ -11,12 +11,16 @@ run, the errors of its products on that many batches of held-out rows (precision
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dsv3_jax import command_line
+from dsv3_jax.errors import UserError
 
 WINDOW = 100
 
@@ -26,8 +30,10 @@ def run(arguments) -> None:
     from dsv3_jax.data.loader import Loader
     from dsv3_jax.data.prepare import prepare, train_tokenizer
     from dsv3_jax.precision.bench import lowered_step, recipe_config
+    from dsv3_jax.precision.recipe import check_devices, recipe
     from dsv3_jax.training import schedules
 
+    check_devices(recipe(arguments.precision))
     config = dataclasses.replace(recipe_config(arguments), steps=arguments.steps)
     # Half of a short run: with a tenth, at 1e-3, a BF16 run of `small` had a gradient of 36 in step 11 and stayed behind.
     optimizer = dataclasses.replace(
@@ -36,11 +42,11 @@ def run(arguments) -> None:
         learning_rate=arguments.learning_rate or config.optimizer.learning_rate,
     )
     config = dataclasses.replace(config, optimizer=optimizer)
+    corpus = Corpus(arguments.corpus, heldout_fraction=config.data.heldout_fraction)
     start = time.perf_counter()
     lowered, init, (batch, _) = lowered_step(config)
     compiled = lowered.compile()
     print(f"{config.precision}: traced and compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    corpus = Corpus(arguments.corpus, heldout_fraction=config.data.heldout_fraction)
     tokenizer = train_tokenizer(corpus, config.model.vocab_size, arguments.cache)
     rows = prepare(corpus, tokenizer, arguments.cache, sequence_length=config.sequence_length, fim_rate=config.data.fim_rate)
     print(f"{rows.train.bytes:,} bytes of text, {rows.train.tokens:,} tokens ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -82,10 +88,18 @@ def _study(config, params, rows, arguments) -> None:
 def compare(arguments) -> None:
     """Prints the relative difference of the smoothed losses, and draws the curves."""
     runs = {path.stem: [json.loads(line)["main"] for line in path.open()] for path in sorted(arguments.curves.glob("*-*.jsonl"))}
+    numbers = {precision: sum(name.startswith(f"{precision}-") for name in runs) for precision in ("bf16", "fp8")}
+    if numbers["bf16"] < 2 or numbers["fp8"] < 1:
+        raise UserError(
+            f"{arguments.curves} has {numbers['bf16']} runs in bf16 and {numbers['fp8']} in fp8: "
+            "a standard deviation needs two seeds in bf16, and a comparison one in fp8"
+        )
     shortest = min(map(len, runs.values()))
+    if shortest < WINDOW:
+        raise UserError(f"the shortest run of {arguments.curves} has {shortest} steps: the mean of {WINDOW} needs as many")
     runs = {name: losses[:shortest] for name, losses in runs.items()}
     smoothed = {name: np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid") for name, losses in runs.items()}
-    of = lambda precision: np.stack([losses for name, losses in smoothed.items() if name.startswith(precision)])  # noqa: E731
+    of = lambda precision: np.stack([losses for name, losses in smoothed.items() if name.startswith(f"{precision}-")])  # noqa: E731
     bf16, fp8 = of("bf16"), of("fp8")
     difference = fp8.mean(0) / bf16.mean(0) - 1
     deviation = bf16.std(0, ddof=1) / bf16.mean(0)
@@ -117,7 +131,7 @@ def _plot(smoothed, difference, deviation, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("run")
     one.set_defaults(call=run)
@@ -141,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

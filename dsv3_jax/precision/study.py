@@ -15,9 +15,9 @@ steps of d / the standard deviation of d, where d is the log of its error over t
 (Per-tensor scales need no second quantisation for dw, and so can be ahead there while they fall behind in y and dx.)
 """
 
-import argparse
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax import command_line
+from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import BF16, FP8_WEIGHTS, Scales, Tap, attach
 from dsv3_jax.precision.fp8 import GRADIENT_FLOOR
@@ -124,8 +126,13 @@ def _errors(x, w, dy, quantised):
 
 
 def study(steps: Iterator[Iterator[Operands]], report: Callable[[str], None] = print) -> dict:
-    """Errors of all products of several steps, and by how many standard deviations each scheme stands out from the recipe."""
+    """Errors of all products of several steps, and by how many standard deviations each scheme stands out from the recipe.
+
+    Raises UserError with fewer than two steps, which have no standard deviation.
+    """
     found = [{operands.name: errors(operands) for operands in step} for step in steps]
+    if len(found) < 2:
+        raise UserError(f"{len(found)} batches have no standard deviation: study at least two, and hold out as much text")
     names = list(found[0])
     table = np.array(
         [[[[one[name][s][p] for p in PRODUCTS] for name in names] for s in SCHEMES] for one in found]
@@ -138,7 +145,7 @@ def study(steps: Iterator[Iterator[Operands]], report: Callable[[str], None] = p
     for index, scheme in enumerate(SCHEMES[1:], 1):
         d = mean_log[:, index] - mean_log[:, 0]
         spread = d.std(0, ddof=1)
-        z[scheme] = {p: float(m / s) if s else 0.0 for p, m, s in zip(PRODUCTS, d.mean(0), spread)}
+        z[scheme] = {p: float(m / s) if m else 0.0 for p, m, s in zip(PRODUCTS, d.mean(0), spread)}
         ratios = ", ".join(f"{p} {np.exp(m):.4f} ({z[scheme][p]:+.1f} sd)" for p, m in zip(PRODUCTS, d.mean(0)))
         report(f"error of {scheme} over the recipe's: {ratios}")
     return {"products": names, "schemes": SCHEMES, "errors": table.tolist(), "standard_deviations": z}
@@ -177,7 +184,7 @@ def main() -> None:
     from dsv3_jax.checkpoint import open_run
     from dsv3_jax.data.corpus import Corpus
 
-    parser = argparse.ArgumentParser(description="Errors of FP8 products against float64 on a checkpoint's weights and held-out text.")
+    parser = command_line.Parser(description="Errors of FP8 products against float64 on a checkpoint's weights and held-out text.")
     parser.add_argument("run", help="a run folder of train.py")
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--rows", type=int, default=1, help="sequences a batch")
@@ -191,7 +198,9 @@ def main() -> None:
         tokens += model.tokenizer.encode(document.text)
         if len(tokens) >= needed:
             break
-    batches = np.resize(np.array(tokens, np.int32), (arguments.batches, arguments.rows, arguments.length + 1))
+    if len(tokens) < needed:  # the same text twice would pass for less spread than there is
+        raise UserError(f"the held-out text has {len(tokens)} tokens, and {needed} are asked for: lower --batches, --rows or --length")
+    batches = np.array(tokens[:needed], np.int32).reshape(arguments.batches, arguments.rows, arguments.length + 1)
     operands = operands_of(Decoder(model.config, BF16, remat="layer"))
     result = study(operands(model.params, {"tokens": jnp.asarray(batch)}) for batch in batches)
     if arguments.output:
@@ -200,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

@@ -10,14 +10,14 @@ import fcntl
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dsv3_jax import checkpoint, compilation_cache, hub
+from dsv3_jax import checkpoint, command_line, compilation_cache, hub
 from dsv3_jax.config import TrainConfig, from_dict, to_dict
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Loader, heldout_batches
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 def run(config: TrainConfig) -> Result:
     """Train, or go on training, in `config.workdir`. Raises UserError, with the last complete checkpoint intact."""
     directory = Path(config.workdir)
-    with _locked(directory), stop_signals() as stop:
+    with _locked(directory), stop_signals() as stop, _told_of_files(directory):
         return Run(config, directory, stop).train()
 
 
@@ -122,15 +122,12 @@ class Run:
         self.writer = checkpoint.Writer(directory, to_dict(config), keep=config.keep_checkpoints)
         log = MetricsLog(directory if reports else None, self.step)
         progress = Progress(config.steps, quiet=not reports)
-        try:
-            with progress:
-                progress.say(self._banner())
-                self._train(log, progress)
-                bits = self._evaluate_all(log, progress) if not self.stop else None
-        finally:
-            log.close()
-            self.writer.wait()
-        return Result(directory, self.step, self.stop[0] if self.stop else None, bits, self.prepared)
+        with _then(log.close, self.writer.wait), progress:
+            progress.say(self._banner())
+            self._train(log, progress)
+            bits = self._evaluate_all(log, progress)
+        stopped_by = self.stop[0] if self.stop and bits is None else None
+        return Result(directory, self.step, stopped_by, bits, self.prepared)
 
     def _train(self, log: MetricsLog, progress: Progress) -> None:
         config, clock = self.config, _Clock()
@@ -158,6 +155,7 @@ class Run:
                     clock.pause()
             if last:
                 break
+            self.writer.check()  # steps that could not be saved are not worth making
 
     def _told_to_stop(self) -> bool:
         """Whether this or any other process was: all stop at the same step."""
@@ -192,22 +190,30 @@ class Run:
         left = schedules.total_tokens(self.config) - values["tokens"]
         progress.show(number, values | {"seconds_left": left / clock.tokens_per_second if clock.tokens_per_second else float("inf")})
         if values["skipped_in_row"] >= self.config.max_bad_steps:
-            self.writer.wait()  # or the last one would be named too early
-            steps = checkpoint.complete_steps(self.directory)
             raise UserError(
-                f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row, up to step {number}: "
-                + (f"the last checkpoint, {self.directory / str(steps[-1])}, is intact; " if steps else "nothing was saved yet; ")
-                + "lower optimizer.learning_rate, or look at the data of these steps"
+                f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row, up to step {number}: {self._intact()}; "
+                "lower optimizer.learning_rate, or look at the data of these steps"
             )
+
+    def _intact(self) -> str:
+        """Which checkpoint is left, once the save in flight has ended: before, the last one would be named too early."""
+        try:
+            self.writer.wait()
+        except UserError as error:
+            return str(error)
+        steps = checkpoint.complete_steps(self.directory)
+        return f"the last checkpoint, {self.directory / str(steps[-1])}, is intact" if steps else "nothing was saved yet"
 
     # Evaluation.
 
-    def _evaluate(self, every: int = 1) -> tuple[float, float]:
-        """(nats, tokens) of every n-th batch of the held-out rows."""
+    def _evaluate(self, every: int = 1) -> tuple[float, float] | None:
+        """(nats, tokens) of every n-th batch of the held-out rows; None where a process is told to stop meanwhile."""
         parts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         nats = count = 0.0
         for i, batch in enumerate(heldout_batches(self.prepared.directory, self._eval_batch, **parts)):
             if i % every == 0:
+                if self._told_to_stop():
+                    return None
                 with self.watch.waiting(f"the evaluation after step {self.step}"):
                     loss, num_tokens = self.trainer.next_token_loss(self.state.params, self._place(batch))
                     nats, count = nats + float(loss), count + float(num_tokens)
@@ -221,7 +227,10 @@ class Run:
         load = {"load": np.asarray(load_LE).tolist()}
         if self.prepared.heldout.rows:
             num_batches = -(-self.prepared.heldout.rows // self._eval_batch)
-            nats, count = self._evaluate(every=max(1, num_batches * self._eval_batch // max(1, self.config.eval_rows)))
+            evaluated = self._evaluate(every=max(1, num_batches * self._eval_batch // self.config.eval_rows))
+            if evaluated is None:
+                return
+            nats, count = evaluated
             load["heldout_loss"] = nats / count
             progress.say(f"step {self.step}: held-out loss {nats / count:.4f}")
         log.write(self.step, load)
@@ -229,8 +238,12 @@ class Run:
     def _evaluate_all(self, log: MetricsLog, progress: Progress) -> float | None:
         if not self.prepared.heldout.rows:
             return None
+        if self._told_to_stop():
+            return None
         progress.say("coding the held-out documents")
-        nats, count = self._evaluate()
+        if (evaluated := self._evaluate()) is None:
+            return None
+        nats, count = evaluated
         bits = bits_per_byte(nats, self.prepared.heldout.bytes)
         log.write(self.step, {"heldout_loss": nats / count, "heldout_bits_per_byte": bits})
         return bits
@@ -274,6 +287,12 @@ def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: chec
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else train_tokenizer(corpus, config.model.vocab_size, cache)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and model.vocab_size is {config.model.vocab_size}: raise it")
+    for name in ("bos_token", "eos_token"):  # what is generated ends there, and an exported config.json says so
+        ours, model_s = tokenizer.special_id(name), getattr(config.model, f"{name}_id")
+        if ours is not None and ours != model_s:
+            raise UserError(
+                f"the tokenizer's {name} is {ours} and model.{name}_id is {model_s}: give --model.{name.replace('_', '-')}-id {ours}"
+            )
     prepared = prepare(corpus, tokenizer, cache, sequence_length=config.sequence_length, fim_rate=data.fim_rate, seed=config.seed)
     if rows and prepared.directory.name != rows:
         raise UserError(
@@ -304,17 +323,19 @@ def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | No
     saved = checkpoint.open_run(directory if config.resume == "auto" else config.resume)
     if steps and saved.directory.parent != directory.absolute():
         raise UserError(f"{directory} already holds a run (step {steps[-1]}): to go on with {saved.directory} name another --workdir")
-    before = from_dict(TrainConfig, saved.config)
-    ignored = {"cache"}
-    for what in ("model", "data"):
-        old, new = to_dict(getattr(before, what)), to_dict(getattr(config, what))
-        if changed := [f"{what}.{name} was {old[name]}, is {new[name]}" for name in old if old[name] != new[name] and name not in ignored]:
-            raise UserError(f"{saved.directory} is of another run ({'; '.join(changed)}): use its settings, or another --workdir")
-    for name in ("sequence_length", "seed"):
-        old, new = getattr(before, name), getattr(config, name)
-        if old != new:
-            raise UserError(f"{saved.directory} is of another run ({name} was {old}, is {new}): use its settings, or another --workdir")
+    old, new = _kept(from_dict(TrainConfig, saved.config)), _kept(config)
+    if changed := [f"{name} was {old[name]}, is {new[name]}" for name in old if old[name] != new[name]]:
+        raise UserError(f"{saved.directory} is of another run ({'; '.join(changed)}): use its settings, or another --workdir")
     return saved
+
+
+def _kept(config: TrainConfig) -> dict:
+    """What a run that is gone on with must keep, by the names of the fields."""
+    groups = {f"{group}.{name}": value for group in ("model", "data") for name, value in to_dict(getattr(config, group)).items()}
+    del groups["data.cache"]
+    # A moving average can neither begin on the way nor be lost without a word.
+    average = None if config.optimizer.ema_decay is None else "a number"
+    return groups | {"sequence_length": config.sequence_length, "seed": config.seed, "optimizer.ema_decay": average}
 
 
 def _load_params(path: str, decoder: Decoder, mesh: jax.sharding.Mesh, shardings: Any) -> dict:
@@ -351,6 +372,38 @@ class _Clock:
 
     def pause(self) -> None:
         self._last = None
+
+
+@contextlib.contextmanager
+def _then(*ends: Callable[[], None]) -> Iterator[None]:
+    """Calls all of them at the end. What was raised first is what is raised; what they raise after it is noted on it."""
+    first = None
+    try:
+        yield
+    except BaseException as error:
+        first = error
+    for end in ends:
+        try:
+            end()
+        except Exception as error:
+            if first is not None:
+                first.add_note(str(error))
+            first = first or error
+    if first is not None:
+        raise first
+
+
+@contextlib.contextmanager
+def _told_of_files(directory: Path) -> Iterator[None]:
+    """What the file system refuses, as a UserError."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):  # of OSError's kind, and not of files
+        raise
+    except OSError as error:
+        reason = "; ".join([error.strerror or str(error), *command_line.notes(error)])
+        where = error.filename or directory
+        raise UserError(f"{where}: {reason}: make room or rights there and start again; complete checkpoints are intact") from error
 
 
 @contextlib.contextmanager

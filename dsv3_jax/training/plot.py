@@ -1,11 +1,11 @@
 """A picture of a run: `python -m dsv3_jax.training.plot RUN picture.png`. Needs matplotlib (the extra `plots`)."""
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 
+from dsv3_jax import command_line
 from dsv3_jax.checkpoint import open_run
 from dsv3_jax.data.prepare import Prepared
 from dsv3_jax.errors import UserError
@@ -58,16 +58,15 @@ def _prepared(run: Path) -> Prepared:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.training.plot", description=__doc__)
+    return command_line.run(lambda: _draw(argv))
+
+
+def _draw(argv: list[str]) -> None:
+    parser = command_line.Parser(prog="python -m dsv3_jax.training.plot", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("output", type=Path, help="the picture; its suffix says the format")
     options = parser.parse_args(argv)
-    try:
-        draw(options.run, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    draw(options.run, options.output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsv3_jax import checkpoint
+from dsv3_jax.command_line import INTERRUPTED, WRONG_INPUT
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import mesh as meshes
@@ -24,7 +25,7 @@ from dsv3_jax.training import loop
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # after one process reports wrong input: it may be the echo of another's death
 _TRIES = 3  # starts in a row that save nothing new, before the process that was lost last is given up
-_WRONG_INPUT, _INTERRUPTED, _TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM  # statuses of train.py
+_TERMINATED = 128 + signal.SIGTERM  # status of train.py
 
 
 class Lost(NamedTuple):
@@ -113,7 +114,7 @@ def _watch(workers: list[subprocess.Popen], stop: list[int]) -> Lost | None:
         codes = [worker.poll() for worker in workers]
         if None not in codes:
             return None
-        if _WRONG_INPUT in codes:
+        if WRONG_INPUT in codes:
             wrong_input_since = wrong_input_since or time.monotonic()
             if time.monotonic() > wrong_input_since + _GRACE_SECONDS:
                 return None
@@ -125,7 +126,7 @@ def _lost(index: int, worker: subprocess.Popen) -> Lost | None:
     if code is None:
         stopped = os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
         return Lost(False, index, f"was stopped ({signal.Signals(stopped.si_status).name})") if stopped else None
-    if code in (0, _WRONG_INPUT, _INTERRUPTED, _TERMINATED):
+    if code in (0, WRONG_INPUT, INTERRUPTED, _TERMINATED):
         return None
     if code < 0:
         return Lost(code == -signal.SIGABRT, index, f"was killed ({signal.Signals(-code).name})")

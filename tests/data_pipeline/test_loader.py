@@ -171,6 +171,15 @@ def test_damaged_folders_are_refused_in_one_line(prepared, tmp_path):
     whole = (copy / "train.array_record").read_bytes()
     (copy / "train.array_record").write_bytes(whole[: len(whole) // 2])
     assert "train.array_record" in message(copy)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 4] ^= 1  # in the middle of the rows: found when one is read that lies there
+    (copy / "train.array_record").write_bytes(damaged)
+    loader = Loader(copy, seed=0)
+    with pytest.raises(UserError, match=r"cannot read .*train.array_record \(.*hash mismatch.* and prepare it again"):
+        loader.rows(range(loader.num_rows))
+    (copy / "train.array_record").write_bytes(whole)
+    (copy / "heldout.array_record").write_bytes(b"")
+    assert "heldout.array_record" in message(copy)
     (copy / "train.array_record").unlink()
     assert "train.array_record" in message(copy)
     shutil.copy(prepared.directory / "heldout.array_record", copy / "train.array_record")

@@ -268,6 +268,10 @@ def test_errors_are_one_line(folder, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write" in message(lambda: prepare(corpus, tokenizer, tmp_path / "file", sequence_length=8, fim_rate=0))
     assert "not a prepared corpus" in message(lambda: Prepared.open(tmp_path))
+    (tmp_path / "meta.json").write_text('{"rows"')
+    assert f"remove {tmp_path} and prepare it again" in message(lambda: Prepared.open(tmp_path))
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    assert "is not a tokenizer" in message(lambda: Tokenizer.load(tmp_path))
 
 
 def test_skipped_documents_are_counted(prepared):
@@ -285,5 +289,5 @@ def test_command_line(folder, tmp_path):
     assert f"{prepared.train.bytes:,} bytes" in result.stdout and "1 documents that are not UTF-8" in result.stdout
     assert run(*arguments).stdout.splitlines()[:-1] == result.stdout.splitlines()[:-1]
     failed = run("--corpus", tmp_path / "nothing")
-    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.count("\n") == 1 and "does not exist" in failed.stderr

@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 import dsv3_jax
-from dsv3_jax import checkpoint
+from dsv3_jax import checkpoint, command_line
 from dsv3_jax.checkpoint import Writer
 from dsv3_jax.config import TrainConfig, to_dict
 from dsv3_jax.errors import UserError
 from dsv3_jax.hub import bench
-from dsv3_jax.hub.__main__ import to_hf, to_orbax
+from dsv3_jax.hub.__main__ import main, to_hf, to_orbax
 
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "tests" / "data" / "models"
+MODELS = Path(__file__).parents[1] / "data" / "models"
 
 
 def equal_trees(a, b):
@@ -76,11 +75,37 @@ def test_a_damaged_run_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "dsv3_jax.hub", "to-orbax", MODELS / "nowhere", tmp_path / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "No such file" in done.stderr
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["to-orbax", "{tmp}/nowhere", "{tmp}/run"], "No such file"),
+        (["to-orbax", "{tmp}/model", "{tmp}/model"], "is not an empty directory"),
+        (["to-orbax", "{tmp}/model", "{tmp}/run"], "tokenizer.json is not a tokenizer"),
+        (["to-orbax", "{tmp}/index", "{tmp}/run"], "is not an index of safetensors files"),
+        (["to-orbax", "{tmp}/folder", "{tmp}/run"], "cannot read {tmp}/folder/model.safetensors (Is a directory)"),
+        (["to-orbax", "{tmp}/list", "{tmp}/run"], "config.json is no JSON object"),
+        (["to-orbax", "{tmp}/model"], "run"),
+        (["to-hf", "{tmp}/nowhere", "{tmp}/run"], "does not exist"),
+        (["to-hf", "{tmp}/nowhere", "{tmp}/run", "--precision", "fp9"], "invalid choice 'fp9'"),
+        (["to-hff"], "to-hff"),
+        ([], "to-orbax"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(argv, message, tmp_path, monkeypatch, capsys):
+    """Before anything is written; of what is wrong with a checkpoint as of wrong options."""
+    source = MODELS / "tiny_s_plain"
+    for folder in ("model", "index", "folder", "list"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(source / "config.json", tmp_path / folder)
+    (tmp_path / "model" / "model.safetensors").symlink_to(source / "model.safetensors")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    (tmp_path / "index" / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    (tmp_path / "folder" / "model.safetensors").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[1]")
+    monkeypatch.setattr(sys, "argv", ["hub", *(arg.format(tmp=tmp_path) for arg in argv)])
+    assert command_line.run(main) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and message.format(tmp=tmp_path) in errors
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """Whole runs: stopped and gone on with, started from another's weights, damaged, diverging."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -201,6 +202,7 @@ def test_a_diverging_run_stops_with_its_checkpoints_intact(config, tmp_path):
         ({"seed": 1}, "seed was 0, is 1"),
         ({"sequence_length": 16}, "sequence_length was 32, is 16"),
         ({"model.hidden_size": 64}, "model.hidden_size was 32, is 64"),
+        ({"optimizer.ema_decay": None}, "optimizer.ema_decay was a number, is None"),
         ({"data.fim_rate": 0.5}, "data.fim_rate was 0.0, is 0.5"),
         ({"mesh": "data=3"}, "there are 8"),
         ({"batch_size": 12}, "batch_size=12|batch_ramp_from"),
@@ -218,6 +220,29 @@ def test_what_cannot_go_on_says_so(whole, config, change, message):
     with pytest.raises(UserError, match=message):
         loop.run(dataclasses.replace(config, **{name: value}))
     assert sorted(whole[0].rglob("*")) == before
+
+
+def test_a_process_told_to_stop_after_the_last_step(whole, config, monkeypatch):
+    """Another one: this one must not go on alone to the evaluation, where it would wait for it."""
+    told = iter([False, True])
+    monkeypatch.setattr(loop.processes, "any_of", lambda flag: next(told))
+    result = loop.run(dataclasses.replace(config, workdir=str(whole[0])))
+    assert (result.step, result.stopped_by, result.heldout_bits_per_byte) == (6, signal.SIGTERM, None)
+
+
+def test_what_went_wrong_first_is_told_first():
+    def failing(text):
+        raise UserError(text)
+
+    with pytest.raises(ZeroDivisionError) as error, loop._then(lambda: failing("second"), lambda: failing("third")):
+        1 / 0  # noqa: B018
+    assert error.value.__notes__ == ["second", "third"]
+    with pytest.raises(UserError, match="second") as error, loop._then(lambda: failing("second"), lambda: failing("third")):
+        pass
+    assert error.value.__notes__ == ["third"]
+    told = pytest.raises(UserError, match=r"^run: No space left on device; second: make room")
+    with told, loop._told_of_files(Path("run")), loop._then(lambda: failing("second")):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_one_process_a_folder(config, tmp_path):

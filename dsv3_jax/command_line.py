@@ -1,0 +1,70 @@
+"""What commands have in common: an error is one line that names cause and fix, and an exit status."""
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dsv3_jax.errors import UserError
+
+WRONG_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT  # exit statuses
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parsed(parse: Callable[[], Any]) -> Any:
+    """What `parse`, a call of tyro, returns. Raises UserError where tyro would draw a box and exit; --help prints and exits as ever."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return parse()
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # The box: a title, the message, a rule, and help; without lines around it where the terminal is not UTF-8.
+        rule = "─- "
+        lines = itertools.dropwhile(lambda line: not line.strip(rule), (line.strip("│ ") for line in printed.getvalue().splitlines()[1:]))
+        message = " ".join(itertools.takewhile(lambda line: line.strip(rule), lines))
+        raise UserError(f"{message} (--help lists the options)") from None
+
+
+def deferred(function: Callable) -> Callable:
+    """A function of the same signature that calls nothing: it returns the call, to be made when all options are known to be right."""
+
+    @functools.wraps(function)
+    def bind(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    return bind
+
+
+def run(command: Callable[[], Any]) -> int:
+    """The exit status of a command: what it returns (None: 0), or 2 after a UserError, printed in one line.
+
+    Ctrl-C ends the process here, with 130: while Python shuts down Orbax may not start the threads that a save in flight needs, and that
+    save would never let the process go.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {'; '.join([str(error), *notes(error)])}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
+
+
+def notes(error: BaseException) -> Iterable[str]:
+    """What was added to an error (`add_note`): what went wrong on top of it."""
+    return getattr(error, "__notes__", ())
