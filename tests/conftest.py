@@ -17,7 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 os.environ.setdefault("NPROC", "32")
 
-# A command that a test starts imports two thousand modules: 4 s of CPU, or 10 where it has to compile them, as it has where nobody kept them.
+# A command that a test starts imports two thousand modules: 4 s of CPU, or 10 where it has to compile them, as where nobody kept them.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
