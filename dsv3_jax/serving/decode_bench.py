@@ -170,8 +170,8 @@ def measure(engine: Engine, batch: int, context: int, calls: int, bandwidth: flo
     before = np.array(engine.runner.load_LE)
     jax.block_until_ready(launch())
     touched = int(np.sum(np.array(engine.runner.load_LE) > before))
-    step = per_call(lambda: launch().sampled, calls)
-    milliseconds, count = kernels(lambda: launch().sampled)
+    step = per_call(lambda: launch().outcome, calls)
+    milliseconds, count = kernels(lambda: launch().outcome)
     num_bytes, flop = decode_floor(engine, batch, context, touched)
     floor = max(num_bytes / bandwidth, flop / PEAK["bf16"])
 
@@ -224,7 +224,7 @@ def prefill(engine: Engine, length: int, precision: str, show: int) -> None:
         request = Request(rng.integers(0, config.vocab_size, length).tolist(), SamplingParams(max_new_tokens=1, ignore_eos=True))
         engine.add(request)
         work = engine.scheduler.schedule()
-        milliseconds, count = kernels(lambda: engine.runner.run(work, {}).sampled)
+        milliseconds, count = kernels(lambda: engine.runner.run(work, {}).outcome)
         for name, ms in milliseconds.most_common(show):
             print(f"    {ms:8.3f} ms {count[name]:5d}  {name}", flush=True)
         engine.abort(request)

@@ -7,7 +7,6 @@ engine.generate(["def main("], SamplingParams(max_new_tokens=32, temperature=0))
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from dsv3_jax.serving.host import HostPages
 from dsv3_jax.serving.ranks import Ranks
 from dsv3_jax.serving.request import Completion, InvalidParameter, Output, Request, SamplingParams, TokenLogprob, derive_seed
 from dsv3_jax.serving.runner import Result, Runner, Shapes
+from dsv3_jax.serving.sampler import Sampled
 from dsv3_jax.serving.scheduler import Scheduler, Work
 from dsv3_jax.serving.shaping import Grammars, Shaper, is_shaped
 from dsv3_jax.serving.text import TextStream
@@ -35,14 +35,6 @@ class Stats:
     generated_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
-
-
-class _Step(NamedTuple):
-    """What a step gave one request, before its text is looked at."""
-
-    request: Request
-    tokens: list[int]
-    logprobs: list[TokenLogprob]
 
 
 class Engine:
@@ -185,7 +177,7 @@ class Engine:
         self._running = (work, self.runner.run(work, self._bias(work))) if work else None
         if work and self.balancer:
             self.balancer.after_step(self.runner.load_LE)
-        return [self._emit(step) for step in self._collect(*before)] if before else []
+        return self._collect(*before) if before else []
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:
         """The answers, in the order of the prompts. With one `params` for all, each prompt draws from a seed of its own."""
@@ -205,49 +197,54 @@ class Engine:
     def _bias(self, work: Work) -> dict[int, np.ndarray]:
         return {index: request.shaper.bias(request) for index, request in enumerate(work.requests) if request.shaper}
 
-    def _collect(self, work: Work, result: Result) -> list[_Step]:
-        """Waits for the step and puts its tokens to the requests; those that end by a token or by length give their pages back."""
-        sampled, counts, drafts = jax.tree.map(np.asarray, (tuple(result.sampled), result.counts, result.drafts))
-        drawn, counts, drafts = jax.tree.map(np.ndarray.tolist, (sampled[0], counts, drafts))
-        steps = []
+    def _collect(self, work: Work, result: Result) -> list[Output]:
+        """Waits for the step and puts its tokens to the requests; those that end give their pages back."""
+        rows, logprobs = np.asarray(result.outcome).tolist(), jax.tree.map(np.asarray, result.logprobs)
+        speculate, outputs = self.runner.speculate, []
         for index, request, count in self.scheduler.landed(work):
             row = result.rows[index]
+            tokens = rows[row]
+            if speculate:
+                *tokens, counted, request.draft = tokens
+                tokens = tokens[:counted]
             if work.prefill:
                 self.stats.prompt_tokens += count
                 if request.num_cached + count < len(request.tokens):
                     self.scheduler.cached(request, request.num_cached + count)
                     continue
-            elif self.runner.speculate:
+            elif speculate:
                 self.stats.drafted += 1
-                self.stats.accepted += counts[row] - 1
-            tokens, reason = [], None
-            ends, limit = () if request.params.ignore_eos else self._eos, request.max_tokens
-            for token in drawn[row][: 1 if counts is None else counts[row]]:
-                tokens.append(token)
-                request.tokens.append(token)
-                if token in ends:
-                    reason = "stop"
-                elif len(request.tokens) == limit:
-                    reason = "length"
-                if request.shaper and request.shaper.push(token):
-                    reason = reason or "stop"
-                if reason:
-                    break
+                self.stats.accepted += counted - 1
+            tokens, reason = self._append(request, tokens)
             self.stats.generated_tokens += len(tokens)
-            request.draft = None if drafts is None else drafts[row]
             self.scheduler.cached(request, len(request.tokens) - 1)
             if reason:
                 self.scheduler.finish(request, reason)
-            steps.append(_Step(request, tokens, _logprobs(request, tokens, row, *sampled[1:])))
-        return steps
+            outputs.append(self._output(request, tokens, [] if logprobs is None else _logprobs(request, tokens, row, logprobs)))
+        return outputs
 
-    def _emit(self, step: _Step) -> Output:
-        """The text of a step; a stop text ends the request."""
-        request = step.request
+    def _append(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None]:
+        """Adds new tokens to a request up to where it ends: (those, why it ends there if it does)."""
+        ends = () if request.params.ignore_eos else self._eos
+        room = request.max_tokens - len(request.tokens)
+        if request.shaper is None and len(tokens) < room and (not ends or ends.isdisjoint(tokens)):
+            request.tokens += tokens
+            return tokens, None
+        for used, token in enumerate(tokens, 1):
+            request.tokens.append(token)
+            reason = "stop" if token in ends else "length" if used == room else None
+            if request.shaper and request.shaper.push(token):
+                reason = reason or "stop"
+            if reason:
+                return tokens[:used], reason
+        return tokens, None
+
+    def _output(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> Output:
+        """With the text of the tokens; a stop text ends the request."""
         if (stream := request.text) is None:
-            return Output(request, step.tokens, "", step.logprobs, request.finish_reason)
+            return Output(request, tokens, "", logprobs, request.finish_reason)
         text, stopped, used = "", False, 0
-        for token in step.tokens:
+        for token in tokens:
             more, stopped = stream.push(token)
             text, used = text + more, used + 1
             if stopped:
@@ -259,17 +256,15 @@ class Engine:
             if request.finish_reason is None:
                 self.scheduler.finish(request, "stop")
             request.finish_reason = "stop"
-        return Output(request, step.tokens[:used], text, step.logprobs[:used], request.finish_reason)
+        return Output(request, tokens[:used], text, logprobs[:used], request.finish_reason)
 
 
-def _logprobs(request, tokens, row, logprobs, top_tokens, top_logprobs) -> list[TokenLogprob]:
-    count = request.params.logprobs
-    if count is None:
+def _logprobs(request: Request, tokens: list[int], row: int, sampled: Sampled) -> list[TokenLogprob]:
+    """What a request asked for; sampled: as host arrays."""
+    if (count := request.params.logprobs) is None:
         return []
-    return [
-        TokenLogprob(token, float(logprobs[row, i]), tuple(zip(top_tokens[row, i, :count].tolist(), top_logprobs[row, i, :count].tolist())))
-        for i, token in enumerate(tokens)
-    ]
+    top = sampled.top_tokens[row, :, :count].tolist(), sampled.top_logprobs[row, :, :count].tolist()
+    return [TokenLogprob(token, float(sampled.logprobs[row, i]), tuple(zip(top[0][i], top[1][i]))) for i, token in enumerate(tokens)]
 
 
 def generate(decoder: Decoder, params: dict, tokenizer, prompts, sampling: SamplingParams):

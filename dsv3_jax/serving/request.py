@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from array import array
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from dsv3_jax.errors import UserError
@@ -102,7 +103,7 @@ class Request:
     def num_new_tokens(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    @property
+    @cached_property  # asked for in every step
     def max_tokens(self) -> int:
         return len(self.prompt) + self.params.max_new_tokens
 

@@ -1,9 +1,9 @@
 """Runs steps on the device, in a few compiled shapes: rows × width of a prefill, rows of a decode step, pages of the table.
 
-A step is a few programs that follow each other without a word from the host: `forward` (all layers, logits where they are wanted),
-`sample`, and with speculation `draft` (the MTP module). The caches are donated: they are updated in place. A step starts from what the one
-before it has sampled on the device, so the host need not have seen that, and sends one array. On a mesh the rows of all ranks make one
-step (ranks.py).
+A step is one to three programs that follow each other without a word from the host: `forward` (all layers, logits where they are wanted,
+the likeliest tokens), `pick` where a request asks for other tokens or for log-probabilities, and with speculation `draft` (the MTP module).
+The caches are donated: they are updated in place. A step starts from what the one before it has sampled on the device, so the host need not
+have seen that, sends one array and reads one. On a mesh the rows of all ranks make one step (ranks.py).
 
 A program is one CUDA graph, and a kernel of it that finds an array at another address than in the step before costs the host 1 us, or 20
 if it is ours. So a decode step stays where the one before it was: what it leaves overwrites what that one left, which `_forward` is given
@@ -12,7 +12,7 @@ to donate, and its scratch memory lies behind everything else, as small arrays t
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,15 +23,15 @@ import numpy as np
 from dsv3_jax.model import Decoder
 from dsv3_jax.serving.cache import cache_shapes, pages_for
 from dsv3_jax.serving.ranks import ONE_DEVICE, WHOLE, Ranks
-from dsv3_jax.serving.request import Request, SamplingParams
-from dsv3_jax.serving.sampler import Rows, Sampled, sample
+from dsv3_jax.serving.request import Request
+from dsv3_jax.serving.sampler import Asked, Rows, Sampled, greedy, sample
 from dsv3_jax.serving.scheduler import Work, round_up
 
 _BATCHES = (1, 8, 32, 64, 128, 256)
 _DECODE_ROWS = 8  # at least, and of logits: for one row XLA casts the whole head to float32, and rows of padding cost next to nothing
 _WIDTHS = (64, 256, 1024)
 _TABLES = (4, 16, 64, 256, 1024)
-_NO_REQUEST = SamplingParams(temperature=0)
+_DRAFT = ("embed", "final_norm", "lm_head", "mtp")  # parameters that `draft` reads
 _GAP = 8 * 2**20  # bytes: more than all small arrays of two steps
 _COMPILERS = 8  # programs that are compiled at once, each by several threads
 
@@ -66,13 +66,24 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Result(NamedTuple):
-    """What a step gave: the row of each of its requests, sampled tokens [B, Q] (Q = 2 with speculation, 1 otherwise), with speculation
-    how many of them count [B] and the tokens drafted to follow them [B]."""
+    """What a step gave: the row of each of its requests; outcome int32 [B, Q], the tokens sampled in each row, with speculation [B, Q + 2],
+    how many of them count and the token drafted to follow those behind them; log-probabilities, if a request asked for some."""
 
     rows: list[int]
-    sampled: Sampled
-    counts: jax.Array | None
-    drafts: jax.Array | None
+    outcome: jax.Array
+    logprobs: Sampled | None
+
+
+class _Batch(NamedTuple):
+    """The requests of a step, and what it is told of them that stays while they go on together. num_pages: pages of each request that
+    the table has."""
+
+    requests: list[Request]
+    lives: list[int]
+    rows: list[int]
+    num_pages: list[int]
+    inputs: "_Inputs"
+    asked: Asked
 
 
 class Runner:
@@ -98,6 +109,7 @@ class Runner:
         self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
         self.load_LE = ranks.full(jax.ShapeDtypeStruct((decoder.config.num_moe_layers, decoder.config.n_routed_experts), jnp.int32), WHOLE)
         self._left: tuple = ()  # of the last decode step, to be overwritten by the next one
+        self._batch: _Batch | None = None  # of the last decode step
         # Of each row of the last step: token, how many counted, draft.
         self._last = ranks.full(jax.ShapeDtypeStruct((3, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
         self._row_of: dict[Request, int] = {}  # in the last step
@@ -108,18 +120,20 @@ class Runner:
     def run(self, work: Work, bias: dict[int, np.ndarray]) -> Result:
         """One step, started on the device: the result's arrays may still be in the making. bias: index of a request -> [W], added to its
         logits; a row with a bias does not speculate, as its next bias depends on the token that is drawn."""
-        rows, inputs = self._inputs(work)
-        logprobs = any(request.params.logprobs is not None for request in work.requests)
-        bias = {rows[index]: values for index, values in bias.items()}
-        result = Result(rows, *self._launch(inputs, logprobs=logprobs, chunk=work.chunk, bias=bias))
-        self._row_of = dict(zip(work.requests, rows))
-        for array in jax.tree.leaves((result.sampled, result.counts, result.drafts)):
+        batch = self._arranged(work)
+        inputs = self._inputs(work, batch)
+        outcome, sampled = self._launch(
+            inputs, chunk=work.chunk, asked=batch.asked, bias={batch.rows[index]: values for index, values in bias.items()}
+        )
+        self._row_of = dict(zip(work.requests, batch.rows))
+        result = Result(batch.rows, outcome, sampled if batch.asked.logprobs else None)
+        for array in jax.tree.leaves((result.outcome, result.logprobs)):
             array.copy_to_host_async()
         return result
 
     def compile(self) -> Iterator[tuple[int, int]]:
         """Compiles every shape and runs it once, on empty rows; yields (done, of how many): nothing is left to compile for greedy
-        requests. The first request that draws, filters or wants log-probabilities adds a small sampling program."""
+        requests. The first request that draws, filters or wants log-probabilities adds a small program, `pick`."""
         batches, widths, _, prefill_tokens = self.shapes
         rows = {w: round_up(min(max(prefill_tokens // w, 1), batches[-1]), batches) for w in widths}
         prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
@@ -135,141 +149,167 @@ class Runner:
             compiled = [pool.submit(program.compile) for program in lowered]
             for done, ((inputs, chunk), program) in enumerate(zip(steps, compiled), 1):
                 program.result()
-                jax.block_until_ready(self._launch(inputs, logprobs=False, chunk=chunk, bias={}))
+                jax.block_until_ready(self._launch(inputs, chunk=chunk, asked=Asked(), bias={}))
                 yield done, len(steps)
 
     def _lower(self, inputs: "_Inputs", chunk: str | None):
         """`_forward` of such a step."""
-        packed, form = self._put(inputs), inputs.form
-        overwritten = self._overwritten(len(packed), form, chunk)
-        return _forward.lower(*self._operands(packed), self.load_LE, overwritten, form=form, chunk=chunk)
+        overwritten = () if chunk else self._overwritten(inputs)
+        return _forward.lower(*self._operands(), self._put(inputs), self.load_LE, overwritten, form=inputs.form, chunk=chunk)
 
     @property
     def decode_width(self) -> int:
         """Tokens of a request in a decode step."""
         return 2 if self.speculate else 1
 
-    def _inputs(self, work: Work) -> tuple[list[int], "_Inputs"]:
-        """The row of each request, and host arrays of a step; the rows of a rank are filled from the left."""
-        width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
-        table = round_up(max(len(request.pages) for request in work.requests), self.shapes.tables)
+    def _arranged(self, work: Work) -> _Batch:
+        """A row for each request, those of a rank filled from the left; as they were in the last decode step if that had the same ones."""
+        num_pages = [len(request.pages) for request in work.requests]
+        table, batch = round_up(max(num_pages), self.shapes.tables), self._batch
+        same = batch is not None and (batch.requests, batch.lives) == (work.requests, work.lives)
+        if work.prefill or not same or batch.inputs.table != table:
+            batch = self._new_batch(work, table)
+        for row, request, before, now in zip(batch.rows, work.requests, batch.num_pages, num_pages):
+            if now > before:
+                batch.inputs.fields.page_table[row, before:now] = np.asarray(request.pages[before:]) % self._pages_per_rank
+        batch.num_pages[:] = num_pages
+        if not work.prefill:
+            self._batch = batch
+        return batch
+
+    def _new_batch(self, work: Work, table: int) -> _Batch:
         used, places = [0] * self.ranks.count, []
         for request in work.requests:
             places.append((request.rank, used[request.rank]))
             used[request.rank] += 1
-        batch = round_up(max(used), self.shapes.batches if work.prefill else self.shapes.decode_batches)
-        rows = [rank * batch + place for rank, place in places]
-        params = [_NO_REQUEST] * (batch * self.ranks.count)
-        for row, request in zip(rows, work.requests):
-            params[row] = request.params
-        inputs = _Inputs.empty(len(params), width, table, prefill=work.prefill, params=params)
+        size = round_up(max(used), self.shapes.batches if work.prefill else self.shapes.decode_batches)
+        rows = [rank * size + place for rank, place in places]
+        width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
+        inputs = _Inputs.empty(size * self.ranks.count, width, table, prefill=work.prefill)
+        params = [request.params for request in work.requests]
+        inputs.fields.limits[rows] = [request.max_tokens for request in work.requests]
+        inputs.fields.sampling[rows] = Rows.of(params).packed()
+        return _Batch(work.requests, work.lives, rows, [0] * len(rows), inputs, Asked.of(params))
+
+    def _inputs(self, work: Work, batch: _Batch) -> "_Inputs":
+        """The step's host arrays: the batch's, which the device may still be reading for the step before, with this step's tokens."""
+        inputs, rows, starts = batch.inputs.copy(), batch.rows, np.asarray(work.starts)
         fields = inputs.fields
-        fields.limits[rows] = [request.max_tokens for request in work.requests]
-        fields.source[rows] = [self._row_of[request] if ahead else -1 for request, ahead in zip(work.requests, work.ahead)]
-        fields.lengths[rows] = np.add(work.starts, work.counts)
-        for row, request in zip(rows, work.requests):
-            fields.page_table[row, : len(request.pages)] = request.pages
-        if self.ranks.count > 1:
-            fields.page_table[:] %= self._pages_per_rank
+        fields.lengths[rows] = starts + work.counts
         if work.prefill:
             for row, request, count, start in zip(rows, work.requests, work.counts, work.starts):
                 tokens = np.asarray(request.tokens[start : start + count + 1], np.int32)
                 fields.tokens[row, :count], fields.next_tokens[row, : len(tokens) - 1] = tokens[:count], tokens[1:]
                 fields.positions[row, :count] = np.arange(start, start + count)
                 fields.last[row] = count - 1
-        else:
-            fields.tokens[rows, 0] = [request.tokens[start] for request, start in zip(work.requests, work.starts)]
-            fields.tokens[rows, 1:] = [[request.draft or 0] * (width - 1) for request in work.requests]
-            fields.positions[rows] = np.add.outer(work.starts, np.arange(width))
-        return rows, inputs
+            return inputs
+        fields.positions[rows] = starts[:, None] + np.arange(self.decode_width)
+        fields.source[rows] = [self._row_of[request] if ahead else -1 for request, ahead in zip(work.requests, work.ahead)]
+        fields.tokens[rows, 0] = [request.tokens[start] for request, start in zip(work.requests, work.starts)]
+        if self.speculate:
+            fields.tokens[rows, 1] = [request.draft or 0 for request in work.requests]
+        return inputs
 
     def _put(self, inputs: "_Inputs") -> jax.Array:
         return self.ranks.put(inputs.packed, self.ranks.rows)
 
-    def _operands(self, packed: jax.Array) -> tuple:
-        """Of `_forward`."""
-        return self.decoder, self.ranks, self.params, self.caches, self._last, packed
+    def _operands(self) -> tuple:
+        """Of `_forward`, the first."""
+        return self.decoder, self.ranks, self.params, self.caches, self._last
 
-    def _overwritten(self, rows: int, form: tuple[int, int], chunk: str | None) -> tuple:
-        """Logits, hidden states and positions of the last decode step, if this one has as many rows, or arrays like them."""
-        if chunk or (self._left and len(self._left[0]) == rows):
-            return () if chunk else self._left
-        config, (width, queries) = self.decoder.config, form
-        logits = jax.ShapeDtypeStruct((rows, queries, config.vocab_size), jnp.float32)
-        hidden = jax.ShapeDtypeStruct((rows, width, config.hidden_size), self.decoder.recipe.compute_dtype)
-        positions = jax.ShapeDtypeStruct((rows, queries), jnp.int32)
-        return tuple(self.ranks.full(array, self.ranks.rows) for array in (logits, hidden, positions))
+    def _overwritten(self, inputs: "_Inputs") -> tuple:
+        """Logits, hidden states and fed inputs of the last decode step, if this one is of its size, or arrays like them."""
+        rows, (width, queries) = len(inputs.packed), inputs.form
+        if self._left and self._left[2].shape == inputs.packed.shape:
+            return self._left
+        logits = jax.ShapeDtypeStruct((rows, queries, self.decoder.config.vocab_size), jnp.float32)
+        hidden = jax.ShapeDtypeStruct((rows, width, self.decoder.config.hidden_size), self.decoder.recipe.compute_dtype)
+        fed = jax.ShapeDtypeStruct(inputs.packed.shape, jnp.int32)
+        return tuple(self.ranks.full(array, self.ranks.rows) for array in (logits, hidden, fed))
 
-    def _launch(self, inputs: "_Inputs", *, logprobs: bool, chunk: str | None, bias: dict[int, np.ndarray]) -> tuple:
-        """`Result` without its rows, for inputs that have them. bias: by row."""
-        packed, form = self._put(inputs), inputs.form
-        overwritten = self._overwritten(len(packed), form, chunk)
-        logits_BQW, hidden_BSD, self.caches, self.load_LE, new_positions_BQ = _forward(
-            *self._operands(packed), self.load_LE, overwritten, form=form, chunk=chunk
+    def _launch(self, inputs: "_Inputs", *, chunk: str | None, asked: Asked, bias: dict[int, np.ndarray]) -> tuple[jax.Array, Sampled]:
+        """The outcome of a step, and what was sampled. bias: by row."""
+        form, ranks = inputs.form, self.ranks
+        inputs.fields.may_accept[list(bias)] = 0
+        (logits_BQW, hidden_BSD, fed), sampled, self.caches, self.load_LE, self._last = _forward(
+            *self._operands(), self._put(inputs), self.load_LE, () if chunk else self._overwritten(inputs), form=form, chunk=chunk
         )
         if not chunk:
-            self._left = logits_BQW, hidden_BSD, new_positions_BQ
-        bias_BQW = np.zeros((*inputs.fields.lengths.shape, 1, logits_BQW.shape[-1]), np.float32) if bias else None
-        for row, values in bias.items():
-            bias_BQW[row, 0] = values
-        sampled = sample(logits_BQW, inputs.rows, new_positions_BQ, logprobs=logprobs, bias_BQW=bias_BQW)
-        drafts_B = counts_B = None
-        if self.speculate:
-            may_accept = np.ones(len(inputs.fields.lengths), bool)
-            may_accept[list(bias)] = False
-            of_step = hidden_BSD, sampled.tokens, may_accept
-            drafts_B, counts_B, self.caches, self._last = _draft(*self._operands(packed), *of_step, form=form, chunk=chunk)
-        else:
-            self._last = _keep(self.ranks, self._last, sampled.tokens)
-        return sampled, counts_B, drafts_B
+            self._left = logits_BQW, hidden_BSD, fed
+        asked, bias_BQW = asked._replace(bias=bool(bias)), None
+        if bias:
+            bias_BQW = np.zeros((len(inputs.packed), 1, logits_BQW.shape[-1]), np.float32)
+            for row, values in bias.items():
+                bias_BQW[row, 0] = values
+        if any(asked):
+            sampled, self._last = _pick(ranks, self._last, logits_BQW, fed, bias_BQW, form=form, asked=asked)
+        if not self.speculate:
+            return sampled.tokens, sampled
+        params, cache = {name: self.params[name] for name in _DRAFT}, {"mtp": self.caches["mtp"]}
+        outcome, cache, self._last = _draft(
+            self.decoder, ranks, params, cache, self._last, fed, hidden_BSD, sampled.tokens, form=form, chunk=chunk
+        )
+        self.caches |= cache
+        return outcome, sampled
 
 
 class _Fields(NamedTuple):
     """What a step is told of its rows: tokens, positions (-1: padding), next_tokens [B, S] (-1: the one that is sampled now), last [B, Q]:
-    the columns after which a token is sampled, lengths [B], limits [B]: tokens a row may have, source [B]: the row of the step before
-    whose last token this one starts with (-1: none does), page_table [B, pages]."""
+    the columns after which a token is sampled, sampling [B, 5]: `Rows.packed`, lengths [B], limits [B]: tokens a row may have, source [B]:
+    the row of the step before whose last token this one starts with (-1: none does), may_accept [B]: 0 where the draft does not count,
+    page_table [B, pages]."""
 
     tokens: jax.Array
     positions: jax.Array
     next_tokens: jax.Array
     last: jax.Array
+    sampling: jax.Array
     lengths: jax.Array
     limits: jax.Array
     source: jax.Array
+    may_accept: jax.Array
     page_table: jax.Array
 
     @classmethod
     def of(cls, packed, form: tuple[int, int]) -> "_Fields":
         """The columns of one array int32 [B, ...], for (S, Q) of `form`; views of it where it is NumPy's."""
         width, queries = form
-        first = 3 * width + queries
-        wide = packed[:, :width], packed[:, width : 2 * width], packed[:, 2 * width : 3 * width], packed[:, 3 * width : first]
-        return cls(*wide, packed[:, first], packed[:, first + 1], packed[:, first + 2], packed[:, first + 3 :])
+        ends = list(itertools.accumulate((width, width, width, queries, len(Rows._fields))))
+        wide = [packed[:, start:end] for start, end in zip([0, *ends], ends)]
+        return cls(*wide, *(packed[:, ends[-1] + i] for i in range(4)), packed[:, ends[-1] + 4 :])
 
 
 class _Inputs(NamedTuple):
-    """Host arrays of a step: `_Fields` that are views of one array, which is sent as a whole, and the sampling parameters."""
+    """Host arrays of a step: `_Fields` that are views of one array, which is sent as a whole. table: pages of the page table."""
 
     packed: np.ndarray
     form: tuple[int, int]
     fields: _Fields
-    rows: Rows
 
     @classmethod
-    def empty(cls, batch: int, width: int, table: int, *, prefill: bool, params: Sequence[SamplingParams] = ()) -> "_Inputs":
+    def empty(cls, batch: int, width: int, table: int, *, prefill: bool) -> "_Inputs":
         form = width, 1 if prefill else width
-        packed = np.zeros((batch, 3 * width + form[1] + 3 + table), np.int32)
+        packed = np.zeros((batch, 3 * width + form[1] + len(Rows._fields) + 4 + table), np.int32)
         fields = _Fields.of(packed, form)
         for unset in (fields.positions, fields.next_tokens, fields.source):
             unset[:] = -1
+        fields.may_accept[:] = 1
         if not prefill:
             fields.last[:] = np.arange(width)
-        return cls(packed, form, fields, Rows.of(list(params), batch))
+        return cls(packed, form, fields)
+
+    @property
+    def table(self) -> int:
+        return self.fields.page_table.shape[1]
+
+    def copy(self) -> "_Inputs":
+        packed = self.packed.copy()
+        return _Inputs(packed, self.form, _Fields.of(packed, self.form))
 
 
 def _feed(ranks, last, packed, form):
-    """The step's fields, with what the last step gave to the rows that go on from it, and where the new tokens will stand [B, Q]. What is
-    beyond a row's limit, as a step may be that was started before its row had ended, is written nowhere."""
+    """The step's fields with what the last step gave to the rows that go on from it, packed again. What is beyond a row's limit, as a step
+    may be that was started before its row had ended, is written nowhere."""
     fields = _Fields.of(packed, form)
     token_B, count_B, draft_B = last[:, fields.source]
     goes_on_B = fields.source >= 0
@@ -281,30 +321,29 @@ def _feed(ranks, last, packed, form):
     moved_BS = positions_BS + added_B[:, None]
     positions_BS = jnp.where((positions_BS >= 0) & (moved_BS < fields.limits[:, None]), moved_BS, -1)
     fields = fields._replace(tokens=tokens_BS, positions=positions_BS, lengths=fields.lengths + added_B)
-    new_positions_BQ = jnp.take_along_axis(moved_BS, fields.last, axis=1) + 1
+    fed = jnp.concatenate([x if x.ndim == 2 else x[:, None] for x in fields], axis=1)
     # Held apart: the compiler would compute this again in each layer's kernels.
-    return jax.lax.optimization_barrier(ranks.hold((fields, new_positions_BQ), ranks.rows))
+    return jax.lax.optimization_barrier(ranks.hold(fed, ranks.rows))
 
 
-@functools.partial(jax.jit, static_argnames="ranks", donate_argnames="last")
-def _keep(ranks, last, sampled_BQ, counts_B=1, drafts_B=0):
-    """What the next step may go on from."""
-    size = sampled_BQ.shape[0]
+def _keep(ranks, last, tokens_BQ, counts_B=1, drafts_B=0):
+    """What the next step may go on from: `last` with the last of the tokens that count, how many do, and the draft."""
+    size = len(tokens_BQ)
     counts_B, drafts_B = (jnp.broadcast_to(x, size).astype(jnp.int32) for x in (counts_B, drafts_B))
-    tokens_B = jnp.take_along_axis(sampled_BQ, counts_B[:, None] - 1, axis=1)[:, 0]
+    tokens_B = jnp.take_along_axis(tokens_BQ, counts_B[:, None] - 1, axis=1)[:, 0]
     return ranks.hold(last.at[:, :size].set(jnp.stack([tokens_B, counts_B, drafts_B])), WHOLE)
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("decoder", "ranks", "form", "chunk"),
-    donate_argnames=("caches", "load_LE", "overwritten"),
+    donate_argnames=("caches", "last", "load_LE", "overwritten"),
     keep_unused=True,  # `overwritten` only gives its place away
 )
 def _forward(decoder, ranks, params, caches, last, packed, load_LE, overwritten, *, form, chunk):
-    """Logits [B, Q, W] after the columns `last`, hidden states of all columns, the new caches, the experts' loads with those of this step,
-    and where the new tokens will stand [B, Q]."""
-    fields, new_positions_BQ = _feed(ranks, last, packed, form)
+    """(Logits [B, Q, W] after the columns `last`, hidden states of all columns, the inputs fed), the likeliest tokens, the new caches, the
+    experts' loads with those of this step, and `_keep` of the tokens if there is one in a row."""
+    fed = _feed(ranks, last, packed, form)
 
     def on_rank(params, caches, fields):
         where = fields.positions, caches, fields.page_table, fields.lengths
@@ -314,37 +353,52 @@ def _forward(decoder, ranks, params, caches, last, packed, load_LE, overwritten,
 
     in_specs = (ranks.param_specs(params), ranks.pages, ranks.rows)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages, WHOLE))
-    logits_BQW, hidden_BSD, caches, more_LE = run(params, caches, fields)
+    logits_BQW, hidden_BSD, caches, more_LE = run(params, caches, _Fields.of(fed, form))
     load_LE = ranks.hold(load_LE + more_LE.astype(jnp.int32) if load_LE.size else load_LE, WHOLE)
-    return logits_BQW, hidden_BSD, caches, load_LE, new_positions_BQ
+    # The very logits that `_pick` reads, rounded as they are stored: a request that is greedy has one answer in any company.
+    logits_BQW = jax.lax.optimization_barrier(logits_BQW)
+    tokens_BQ = ranks.hold(greedy(logits_BQW), ranks.rows)
+    if form[1] == 1:
+        last = _keep(ranks, last, tokens_BQ)
+    return (logits_BQW, hidden_BSD, fed), Sampled(tokens_BQ), caches, load_LE, last
+
+
+@functools.partial(jax.jit, static_argnames=("ranks", "form", "asked"), donate_argnames="last")
+def _pick(ranks, last, logits_BQW, fed, bias_BQW, *, form, asked):
+    """Tokens as their rows ask for them, and `_keep` of them if there is one in a row."""
+    fields = _Fields.of(fed, form)
+    new_positions_BQ = jnp.take_along_axis(fields.positions, fields.last, axis=1) + 1
+    sampled = sample(logits_BQW, Rows.unpacked(fields.sampling), new_positions_BQ, bias_BQW, asked=asked)
+    return sampled, _keep(ranks, last, sampled.tokens) if form[1] == 1 else last
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"))
-def _draft(decoder, ranks, params, caches, last, packed, hidden_BSD, sampled_BQ, may_accept_B, *, form, chunk):
-    """The token that the MTP module expects after those that were sampled, how many of them count, the new caches, and `_keep` of it.
+def _draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, *, form, chunk):
+    """[the tokens, how many of them count, the one that the MTP module expects after those] in each row, the new cache, and `_keep` of it.
 
     In a decode step column 1 holds the draft of the step before: it was the right input if it is what column 0 samples now, and then
     the sample of column 1 counts as well. As the draft is one token, not a distribution, this is exact for draws as it is for argmax
     (speculative sampling with a point mass: accepted with probability p(draft), and otherwise distributed as p without it).
     """
 
-    def on_rank(params, caches, fields, hidden_BSD, sampled_BQ, may_accept_B):
-        rows, last_BQ = jnp.arange(len(sampled_BQ)), fields.last
-        accepted_B = jnp.zeros(len(sampled_BQ), bool)
+    def on_rank(params, caches, fields, hidden_BSD, tokens_BQ):
+        rows, last_BQ = jnp.arange(len(tokens_BQ)), fields.last
+        accepted_B = jnp.zeros(len(tokens_BQ), bool)
         if last_BQ.shape[1] == 2:
-            accepted_B = may_accept_B & (sampled_BQ[:, 0] == fields.tokens[:, 1])
-        sampled_BS = jnp.zeros_like(fields.tokens).at[rows[:, None], last_BQ].set(sampled_BQ)
+            accepted_B = (fields.may_accept == 1) & (tokens_BQ[:, 0] == fields.tokens[:, 1])
+        sampled_BS = jnp.zeros_like(fields.tokens).at[rows[:, None], last_BQ].set(tokens_BQ)
         next_BS = jnp.where(fields.next_tokens < 0, sampled_BS, fields.next_tokens)
         where = fields.positions, caches, fields.page_table, fields.lengths
         normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, *where, chunk=chunk)
         normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
-        drafts_B = jnp.argmax(_logits(decoder, params, normed_BD[:, None])[:, 0], axis=-1).astype(jnp.int32)
+        drafts_B = greedy(_logits(decoder, params, normed_BD[:, None]))[:, 0]
         return drafts_B, 1 + accepted_B.astype(jnp.int32), caches
 
-    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 4)
+    in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 3)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages))
-    drafts_B, counts_B, caches = run(params, caches, _feed(ranks, last, packed, form)[0], hidden_BSD, sampled_BQ, may_accept_B)
-    return drafts_B, counts_B, caches, _keep(ranks, last, sampled_BQ, counts_B, drafts_B)
+    drafts_B, counts_B, caches = run(params, caches, _Fields.of(fed, form), hidden_BSD, tokens_BQ)
+    outcome = ranks.hold(jnp.concatenate([tokens_BQ, counts_B[:, None], drafts_B[:, None]], axis=1), ranks.rows)
+    return outcome, caches, _keep(ranks, last, tokens_BQ, counts_B, drafts_B)
 
 
 def _logits(decoder, params, normed_BQD):

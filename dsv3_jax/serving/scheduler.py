@@ -103,7 +103,7 @@ class Scheduler:
         """The next step, None when there is nothing to do. The pages it needs are the requests' already."""
         self._admit()
         prefilling = [request for request in self.running if request.prefilling]
-        decoding = [request for request in self.running if not request.prefilling and _may_go_on(request)]
+        decoding = [request for request in self.running if not request.prefilling and (not request.in_flight or _may_go_on(request))]
         if prefilling and not (decoding and self._prefilled_last):
             self._prefilled_last = True
             return self._prefill(prefilling)
@@ -201,9 +201,8 @@ class Scheduler:
         for request in decoding:
             if request in lost:
                 continue
-            ahead = self.lookahead if request.in_flight else 0
-            needed = pages_for(min(_start(request) + ahead + self.lookahead, request.max_tokens))
-            while needed > len(request.pages) and request not in lost:
+            reach = len(request.tokens) - 1 + (2 if request.in_flight else 1) * self.lookahead
+            while len(request.pages) * PAGE_SIZE < min(reach, request.max_tokens) and request not in lost:
                 if self.pool.num_free_on(request.rank):
                     request.pages.append(self.pool.allocate(request.rank))
                 else:
@@ -233,7 +232,7 @@ def _start(request: Request) -> int:
 
 def _may_go_on(request: Request) -> bool:
     """Whether the next token may be computed before the last one is known: not if that one is the last, or shapes the next."""
-    return not request.in_flight or (request.shaper is None and request.num_new_tokens + 1 < request.params.max_new_tokens)
+    return request.shaper is None and len(request.tokens) + 1 < request.max_tokens
 
 
 def _chunk(request: Request) -> str:

@@ -130,11 +130,11 @@ def test_all_shapes_are_compiled_at_the_start(model, monkeypatch):
     assert progress == [(i, len(progress)) for i in range(1, len(progress) + 1)]
     compiled = set(launched)
     assert len(compiled) == len(launched), "a shape is run twice"
-    programs = [program._cache_size() for program in (runner._forward, runner._draft, runner._keep)]
+    programs = [program._cache_size() for program in (runner._forward, runner._draft, runner._pick)]
     launched.clear()
     engine.generate([model.prompts[:n].tolist() for n in (1, 20, 50, 64, 65, 150)], dataclasses.replace(GREEDY, max_new_tokens=20))
     assert len(set(launched)) > 2 and set(launched) <= compiled
-    assert [program._cache_size() for program in (runner._forward, runner._draft, runner._keep)] == programs
+    assert [program._cache_size() for program in (runner._forward, runner._draft, runner._pick)] == programs
 
 
 def test_speculation_reports_its_acceptance(model):
