@@ -64,37 +64,40 @@ class Balancer:
         self._load: np.ndarray | None = None  # and in the last one
         self._planned = layers  # layers of the plan that is being made; all: none is
 
-    def after_step(self, load_LE: jax.Array) -> None:
-        """Call after each step with the tokens of each expert so far (`Runner.load_LE`): now and then plans a layer."""
+    def after_step(self, load_LE: jax.Array) -> bool:
+        """Call after each step with the tokens of each expert so far (`Runner.load_LE`): now and then plans a layer. Whether any moved."""
         self._steps += 1
         if self._planned < len(self.plan):
-            self._plan_layer(self._planned)
+            moved = self._plan_layer(self._planned)
             self._planned += 1
             if self._planned == len(self.plan):
                 self._report()
-        elif self._interval and self._steps % self._interval == 0:
+            return moved
+        if self._interval and self._steps % self._interval == 0:
             before, self._counted = self._counted, np.array(load_LE)
             self._load = (self._counted - before).astype(np.float64)  # what has run over comes back
             if self._load.any():
                 self._average = eplb.moving_average(self._average, self._load)
                 self.stats = self.stats._replace(imbalance=self._imbalance())
                 self._planned = 0
+        return False
 
     def _imbalance(self) -> float:
         return float(eplb.imbalance(self._load, self.plan, self._ranks.expert_parts).mean())
 
-    def _plan_layer(self, layer: int) -> None:
+    def _plan_layer(self, layer: int) -> bool:
         before, parts = self.plan[layer : layer + 1], self._ranks.expert_parts
         average = self._average[layer : layer + 1]
         after, _, _ = eplb.rebalance_experts(average, before.shape[1], self._config.n_group, 1, parts, previous=before)
         if (after == before).all():
-            return
+            return False
         # Every data rank's devices do the same.
         count = int(eplb.moved_replicas(before, after, parts)[0]) * (self._ranks.count // parts)
         self.stats = self.stats._replace(
             moved_replicas=self.stats.moved_replicas + count, moved_bytes=self.stats.moved_bytes + count * self._bytes_per_expert
         )
         self._change(layer, after[0])
+        return True
 
     def _report(self) -> None:
         self.stats = self.stats._replace(plans=self.stats.plans + 1, planned_imbalance=self._imbalance())

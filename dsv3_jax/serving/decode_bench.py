@@ -8,6 +8,10 @@ A row of the table is a decode step of so many requests with `--context` tokens 
   kernels: the sum of their times in a profile, gaps between them left out; floor: the longer of the bytes that must be read (weights that
   the step touches, latents) over what a copy reaches on this card, and its FLOP over the data sheet's dense BF16 peak.
 `--empty` runs the same number of layers, each next to nothing: what launches cost. `--prefill N` adds a prompt of N tokens.
+
+    JAX_PLATFORMS=cpu python -m dsv3_jax.serving.decode_bench small --empty --host --batch 64 [--speculate]
+
+`--host` times steps of the engine whose programs take and give what they always do, and compute nothing: the host's part. No GPU is needed.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import recipe as named_recipe
 from dsv3_jax.precision import to_fp8
+from dsv3_jax.serving import runner
 from dsv3_jax.serving.cache import pages_for
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.ranks import ONE_DEVICE, WHOLE, Ranks
@@ -193,6 +198,37 @@ def measure(engine: Engine, batch: int, context: int, calls: int, bandwidth: flo
         print(f"    {ms:8.3f} ms {count[name]:5d}  {name}", flush=True)
 
 
+def compute_nothing() -> None:
+    """Puts programs of the same operands and results in the place of the runner's. Seven drafts of ten are right."""
+    real = runner._forward.__wrapped__
+    static = ("decoder", "ranks", "structure", "form", "chunk")
+
+    @functools.partial(jax.jit, static_argnames=static, donate_argnames=("caches", "last", "load_LE", "overwritten"), keep_unused=True)
+    def forward(decoder, ranks, structure, leaves, caches, last, packed, load_LE, overwritten, **options):
+        traced = functools.partial(real, decoder, ranks, structure, **options)
+        _, sampled, *_ = jax.eval_shape(traced, leaves, caches, last, packed, load_LE, overwritten)
+        return overwritten, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampled), caches, load_LE, last
+
+    @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"), keep_unused=True)
+    def draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, **options):
+        counts_B = 1 + (jnp.arange(len(tokens_BQ)) % 10 < 7)
+        return jnp.concatenate([tokens_BQ, counts_B[:, None].astype(jnp.int32), jnp.zeros_like(counts_B)[:, None]], axis=1), caches, last
+
+    runner._forward, runner._draft = forward, draft
+
+
+def host(engine: Engine, batch: int, context: int, calls: int) -> None:
+    """Milliseconds of the engine's steps once programs compute nothing."""
+    fill(engine, batch, context, 2 * calls + 40)
+    seconds = []
+    for _ in range(calls + 10):
+        start = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - start)
+    least, tenth, half = (1e3 * np.percentile(seconds[10:], percentile) for percentile in (0, 10, 50))
+    print(f"host, {batch} requests, {calls} steps: {least:.2f} ms at least, {tenth:.2f} in the quickest tenth, {half:.2f} in the median")
+
+
 def prefill(engine: Engine, length: int, precision: str, show: int) -> None:
     """A prompt of `length` tokens in chunks of the engine's size."""
     rng, config = np.random.default_rng(1), engine.config
@@ -248,6 +284,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--fp8-cache", action="store_true")
     parser.add_argument("--empty", action="store_true")
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--prefill", type=int, default=0)
     parser.add_argument("--speculate", action="store_true")
     parser.add_argument("--show", type=int, default=0, help="that many kernels, the longest first")
@@ -261,7 +298,7 @@ def main() -> None:
     if options.empty:
         config = empty(config)
     decoder = Decoder(config, named_recipe(options.precision))
-    bandwidth = copy_bandwidth()
+    bandwidth = 0.0 if options.host else copy_bandwidth()
     start = time.perf_counter()
     params = jax.block_until_ready(random_params(decoder))
     gigabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
@@ -281,6 +318,11 @@ def main() -> None:
         spec, engine.runner.caches = tuple((name, x.shape, x.dtype, WHOLE) for name, x in engine.runner.caches.items()), None
         caches = jax.device_put(_random(jax.random.key(1, impl="rbg"), spec, 1.0, ONE_DEVICE), engine.runner.ranks.devices[0])
         engine.runner.caches = dict(zip([name for name, *_ in spec], caches))
+    if options.host:
+        compute_nothing()
+        for batch in options.batch:
+            host(engine, batch, options.context[0], options.calls)
+        return
     if options.batch:
         start, rows = time.perf_counter(), sorted({round_up(batch, engine.runner.shapes.decode_batches) for batch in options.batch})
         list(engine.runner.compile_shapes([(batch, engine.runner.decode_width, None) for batch in rows]))

@@ -175,8 +175,8 @@ class Engine:
             self.runner.caches = self.host.run(self.runner.caches, self.pool.transfers)
             self.pool.transfers = []
         self._running = (work, self.runner.run(work, self._bias(work))) if work else None
-        if work and self.balancer:
-            self.balancer.after_step(self.runner.load_LE)
+        if work and self.balancer and self.balancer.after_step(self.runner.load_LE):
+            self.runner.params = self.runner.params
         return self._collect(*before) if before else []
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:

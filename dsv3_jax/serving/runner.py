@@ -158,6 +158,15 @@ class Runner:
         return _forward.lower(*self._operands(), self._put(inputs), self.load_LE, overwritten, form=inputs.form, chunk=chunk)
 
     @property
+    def params(self) -> dict:
+        """Set them where their arrays have changed place: a step takes the leaves as they were then, as flattening costs time."""
+        return self._params
+
+    @params.setter
+    def params(self, params: dict) -> None:
+        self._params, (self._leaves, self._structure) = params, jax.tree.flatten(params)
+
+    @property
     def decode_width(self) -> int:
         """Tokens of a request in a decode step."""
         return 2 if self.speculate else 1
@@ -215,7 +224,7 @@ class Runner:
 
     def _operands(self) -> tuple:
         """Of `_forward`, the first."""
-        return self.decoder, self.ranks, self.params, self.caches, self._last
+        return self.decoder, self.ranks, self._structure, self._leaves, self.caches, self._last
 
     def _overwritten(self, inputs: "_Inputs") -> tuple:
         """Logits, hidden states and fed inputs of the last decode step, if this one is of its size, or arrays like them."""
@@ -336,14 +345,14 @@ def _keep(ranks, last, tokens_BQ, counts_B=1, drafts_B=0):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("decoder", "ranks", "form", "chunk"),
+    static_argnames=("decoder", "ranks", "structure", "form", "chunk"),
     donate_argnames=("caches", "last", "load_LE", "overwritten"),
     keep_unused=True,  # `overwritten` only gives its place away
 )
-def _forward(decoder, ranks, params, caches, last, packed, load_LE, overwritten, *, form, chunk):
+def _forward(decoder, ranks, structure, leaves, caches, last, packed, load_LE, overwritten, *, form, chunk):
     """(Logits [B, Q, W] after the columns `last`, hidden states of all columns, the inputs fed), the likeliest tokens, the new caches, the
     experts' loads with those of this step, and `_keep` of the tokens if there is one in a row."""
-    fed = _feed(ranks, last, packed, form)
+    params, fed = jax.tree.unflatten(structure, leaves), _feed(ranks, last, packed, form)
 
     def on_rank(params, caches, fields):
         where = fields.positions, caches, fields.page_table, fields.lengths

@@ -112,11 +112,12 @@ class Scheduler:
         return self._work(decoding, [self.lookahead] * len(decoding), None) if decoding else None
 
     def landed(self, work: Work) -> list[tuple[int, Request, int]]:
-        """After a step: (row, request, tokens) of those who still want what it gave, and have neither ended nor lost their pages."""
-        rows = zip(range(len(work.requests)), work.requests, work.counts, work.lives)
-        wanted = [(row, r, count) for row, r, count, lives in rows if r.finish_reason is None and r.lives == lives]
-        for _, request, count in wanted:
-            request.in_flight -= count
+        """After a step: (index, request, tokens) of those who still want what it gave: they have neither ended nor lost their pages."""
+        wanted = []
+        for index, (request, count, lives) in enumerate(zip(work.requests, work.counts, work.lives)):
+            if request.lives == lives:
+                request.in_flight -= count
+                wanted.append((index, request, count))
         return wanted
 
     def finish(self, request: Request, reason: str) -> None:

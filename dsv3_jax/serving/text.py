@@ -24,10 +24,13 @@ class TextStream:
         return text + ("" if stopped else self._held), stopped
 
     def _release(self) -> tuple[str, bool]:
+        if not self._stop:
+            text, self._held = self._held, ""
+            return text, False
         places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if places:
             return self._held[: min(places)], True
-        longest = max(map(len, self._stop), default=1) - 1
+        longest = max(map(len, self._stop)) - 1
         keep = next((n for n in range(min(longest, len(self._held)), 0, -1) if any(s.startswith(self._held[-n:]) for s in self._stop)), 0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text, False

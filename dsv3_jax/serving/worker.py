@@ -57,12 +57,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             while self._obey():
-                for output in self.engine.step():
-                    loop, outputs, timing = self._streams[output.request]
-                    self.metrics.observe(output, timing)
-                    if output.finish_reason is not None:
-                        del self._streams[output.request]
-                    _send(loop, outputs, output)
+                self._hand_out(self.engine.step())
                 if line := self.metrics.line():
                     log.info(line)
         except Exception as error:  # a bug, or the device is gone: say so, and let nobody wait
@@ -70,13 +65,25 @@ class Worker(threading.Thread):
             self.failure = error
             while True:
                 for loop, outputs, _ in self._streams.values():
-                    _send(loop, outputs, None)
+                    _send(loop, [(outputs, None)])
                 self._streams.clear()
                 command = self._commands.get()
                 if command[0] == "add":
-                    _send(command[2], command[3], None)
+                    _send(command[2], [(command[3], None)])
                 elif command[0] == "stop":
                     return
+
+    def _hand_out(self, outputs: list[Output]) -> None:
+        """A step's outputs to those who wait for them: waking a loop costs more than what it is told."""
+        sent: dict[asyncio.AbstractEventLoop, list] = {}
+        for output in outputs:
+            loop, waiting, timing = self._streams[output.request]
+            self.metrics.observe(output, timing)
+            if output.finish_reason is not None:
+                del self._streams[output.request]
+            sent.setdefault(loop, []).append((waiting, output))
+        for loop, of_loop in sent.items():
+            _send(loop, of_loop)
 
     def _obey(self) -> bool:
         """Takes what was asked for meanwhile; waits where there is no work. False: stop."""
@@ -96,6 +103,10 @@ class Worker(threading.Thread):
                     self.metrics.ended("abort")
 
 
-def _send(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue, output: Output | None) -> None:
+def _send(loop: asyncio.AbstractEventLoop, sent: list[tuple[asyncio.Queue, Output | None]]) -> None:
+    def put():
+        for outputs, output in sent:
+            outputs.put_nowait(output)
+
     with contextlib.suppress(RuntimeError):  # the server is gone
-        loop.call_soon_threadsafe(outputs.put_nowait, output)
+        loop.call_soon_threadsafe(put)
