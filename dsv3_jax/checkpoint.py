@@ -12,6 +12,7 @@ metadata, so that any mesh, or a notebook on one CPU, can load them. Orbax does 
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from orbax.checkpoint import v1 as ocp
 from dsv3_jax.errors import UserError
 
 CHECKSUMS = "checksums.json"
+# Orbax logs, with a traceback, what its threads raise; it comes out of `result` as well, and is told from there in one line.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 _TOGETHER_BYTES = 10**9
 # These keep their dtype whatever a loader asks for: block scales and the router's selection bias are float32 by definition.
 _FLOAT32_BY_DEFINITION = re.compile(r"(_scale|e_score_correction_bias)$")
@@ -170,7 +173,7 @@ class Writer:
                 self.directory / str(step), dict(items), overwrite=True, custom_metadata={"config": self.config}
             )
         except OSError as error:
-            raise self._failed(error) from error
+            raise _cannot_save(self.directory, error) from error
         self._finisher = threading.Thread(target=self._finish, args=(saving, step), name=f"checkpoint {step}")
         self._finisher.start()
 
@@ -181,16 +184,12 @@ class Writer:
             self._finisher = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise self._failed(error) from error
+            raise _cannot_save(self.directory, error) from error
 
     def check(self) -> None:
         """Without waiting: raises UserError where the last save has failed already."""
         if self._finisher is not None and not self._finisher.is_alive():
             self.wait()
-
-    def _failed(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(f"cannot save a checkpoint in {self.directory} ({reason}): make room or rights there; complete steps are intact")
 
     def _finish(self, saving, step: int) -> None:
         try:
@@ -211,11 +210,14 @@ def save_streaming(directory: str | Path, step: int, config: dict, leaves: Itera
     An interrupted save is not complete, as with `Writer`, which clears it. Raises UserError where it cannot be written.
     """
     folder = Path(directory).absolute() / str(step)
-    try:
-        for tree in _together(leaves):
+    for tree in _together(leaves):
+        try:
             folder.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to write
             ocp.partial.save(folder, tree, custom_metadata={"config": config})
-            del tree  # before the next one is made
+        except Exception as error:  # Orbax raises what its libraries give it
+            raise _cannot_save(directory, error) from error
+        del tree  # before the next one is made
+    try:
         ocp.partial.finalize(folder)
         # Orbax calls the only item of such a checkpoint `state`.
         (folder / "state").rename(folder / "params")
@@ -223,8 +225,13 @@ def save_streaming(directory: str | Path, step: int, config: dict, leaves: Itera
         handlers = {"params": f"{ocp.handlers.PyTreeHandler.__module__}.{ocp.handlers.PyTreeHandler.__qualname__}"}
         write_atomically(metadata, json.dumps(json.loads(metadata.read_text()) | {"item_handlers": handlers}))
         _complete(folder)
-    except OSError as error:
-        raise UserError(f"cannot write into {directory} ({error.strerror}): make room or rights there and give a new folder") from error
+    except Exception as error:
+        raise _cannot_save(directory, error) from error
+
+
+def _cannot_save(directory: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"cannot save a checkpoint in {directory} ({reason}): make room or rights there; complete steps are intact")
 
 
 def _together(leaves: Iterable[tuple[tuple[str, ...], jax.Array]]) -> Iterator[dict]:

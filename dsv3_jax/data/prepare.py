@@ -12,6 +12,7 @@ A finished preparation is a folder with `train.array_record`, `heldout.array_rec
 everything that decides its content, so it is reused where nothing changed and never overwritten where something did.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import gzip
@@ -156,7 +157,8 @@ def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_len
         """Writes rows of sequence_length + 1 tokens, each starting with the last one of the row before; returns where it stopped."""
         end = len(tokens) - 1 if split == "heldout" else (len(tokens) - 1) // sequence_length * sequence_length
         for start in range(0, end, sequence_length):
-            writers[split].write(tokens[start : start + sequence_length + 1].tobytes())
+            with _os_errors():
+                writers[split].write(tokens[start : start + sequence_length + 1].tobytes())
             counts[split]["rows"] += 1
         return end
 
@@ -177,7 +179,8 @@ def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_len
         stream = np.concatenate([stream, *(tokens for tokens, split in zip(encoded, split_of) if split == "train")])
         stream = stream[write("train", stream) :]
     for writer in writers.values():
-        writer.close()
+        with _os_errors():
+            writer.close()
 
     if not counts["train"]["rows"]:
         tokens = counts["train"]["tokens"]
@@ -260,18 +263,28 @@ def _make_once(directory: Path, name: str, make: Callable[[Path], None]) -> Path
     final, unfinished = directory / name, directory / f"{name}.unfinished"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
+        with open(directory / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not final.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                try:
+                    make(unfinished)
+                except BaseException:
+                    shutil.rmtree(unfinished)
+                    raise
+                unfinished.rename(final)
     except OSError as error:
-        raise UserError(f"cannot write to {directory} ({error.strerror}): give a folder that can be written") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not final.exists():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            try:
-                make(unfinished)
-            except BaseException:
-                shutil.rmtree(unfinished)
-                raise
-            unfinished.rename(final)
+        raise UserError(
+            f"cannot write to {directory} ({error.strerror or error}): make room or rights there, or give another folder"
+        ) from error
     return final
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """What array_record raises of the file system, a RuntimeError of several clauses, the cause first, as an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition(";")[0]) from error

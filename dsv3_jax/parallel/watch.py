@@ -43,10 +43,14 @@ class Watch:
             self._note(f"after {where}")
 
     def _note(self, doing: str) -> None:
-        """Small and written at once, so that whoever reads sees one note or the next."""
+        """Small and written at once, so that whoever reads sees one note or the next.
+
+        A note that cannot be written ends nothing: a full disk is for those to tell who save there, and an older note is worth something.
+        """
         temporary = self._directory / f"{self.process}.new"
-        temporary.write_text(f"{time.time()}\n{self.place}\n{doing}")
-        temporary.replace(self._directory / str(self.process))
+        with contextlib.suppress(OSError):
+            temporary.write_text(f"{time.time()}\n{self.place}\n{doing}")
+            temporary.replace(self._directory / str(self.process))
 
     def _give_up(self, where: str, since: float) -> None:
         waited = f"process {self.process} ({self.place}) waited {time.monotonic() - since:.0f} s in {where}"

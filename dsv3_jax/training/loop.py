@@ -280,8 +280,9 @@ def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: chec
     data = config.data
     cache = Path(data.cache) if data.cache else directory / "data"
     if rows and (cache / rows / "meta.json").exists():
+        tokenizer = Tokenizer.load(resumed_from.directory.parent / "tokenizer")  # damage is told now, and not when the run ends
         if resumed_from.directory.parent != directory.absolute():
-            Tokenizer.load(resumed_from.directory.parent / "tokenizer").save(directory / "tokenizer")
+            tokenizer.save(directory / "tokenizer")
         return Prepared.open(cache / rows)  # whatever has become of the corpus
     corpus = Corpus(data.corpus, heldout_fraction=data.heldout_fraction)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else train_tokenizer(corpus, config.model.vocab_size, cache)

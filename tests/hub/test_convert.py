@@ -109,6 +109,17 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    """As TensorStore tells it, which knows no OSError."""
+
+    def full(*args, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.partial, "save", full)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint in .*run .*No space left on device"):
+        to_orbax(MODELS / "tiny_s_plain", tmp_path / "run")
+
+
 def test_to_orbax_holds_one_parameter_at_a_time(tmp_path, monkeypatch):
     """However many there are: what is alive at any save is the parameter that is saved."""
     source, alive, save = MODELS / "tiny_s_plain", [], checkpoint.ocp.partial.save

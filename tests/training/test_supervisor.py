@@ -77,10 +77,12 @@ def test_the_cause_is_named_and_not_its_echo(tmp_path, capsys):
     """The others abort when they lose one, or take it for wrong input."""
     body = """if not was_saved:
         if index == 2:
+            open(folder + "/pid", "w").write(str(os.getpid()))
             save()
             lost(signal.SIGKILL)
         while not saved(): time.sleep(0.01)
-        time.sleep(1)
+        stat = f"/proc/{open(folder + '/pid').read()}/stat"
+        while os.path.exists(stat) and ") Z " not in open(stat).read(): time.sleep(0.01)
         os.abort() if index else sys.exit(2)"""
     status, started = supervised(tmp_path, body)
     assert status == 0 and len(started) == 2
