@@ -89,7 +89,7 @@ def parameters(decoder: Decoder) -> dict:
     def draw(path, leaf):
         name = str(path[-1].key)
         values = 0.02 * rng.standard_normal(leaf.shape) if "bias" in name else 0.1 * rng.standard_normal(leaf.shape)
-        return jnp.asarray(values + ("norm" in name), leaf.dtype)
+        return np.asarray(values + ("norm" in name), leaf.dtype)  # a jnp.asarray of each shape would be compiled
 
     return jax.tree.map_with_path(draw, decoder.abstract_params())
 
@@ -102,7 +102,7 @@ def on_one_device(precision: str, layers: int, count: int):
     gradient_of = jax.jit(
         jax.value_and_grad(lambda params, part: loss.loss_and_terms(decoder, params, part, over=over, **WEIGHTS), has_aux=True)
     )
-    parts = [gradient_of(params, {name: leaf[i::count] for name, leaf in batch().items()}) for i in range(count)]
+    parts = [jax.device_get(gradient_of(params, {name: leaf[i::count] for name, leaf in batch().items()})) for i in range(count)]
     (total, terms), gradients = jax.tree.map(lambda *leaves: sum(leaves) / count, *parts)
     return params, (total, terms | {"load": terms["load"] * count}), gradients
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
-SLOW = ["data=2", "expert=2", "expert=4", "data=2,expert=4", "data=2,expert=2x2"]
+SLOW = ["data=1", "data=2", "data=8", "expert=2", "expert=4", "data=2,expert=4", "data=2,expert=2x2"]
 
 
 def check(dtype, *names):

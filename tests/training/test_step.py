@@ -1,4 +1,4 @@
-"""One step: accumulation, non-finite steps, clipping, router bias, moving average, several devices."""
+"""One step on one device: gradients, clipping, router bias, moving average, steps left out (meshes: tests/parallel/test_spread.py)."""
 
 import dataclasses
 
@@ -8,7 +8,6 @@ import pytest
 
 from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision import FP8_REFERENCE
 from dsv3_jax.training import loss, router_bias
 from dsv3_jax.training.schedules import Scheduled
@@ -62,27 +61,6 @@ def test_metrics_and_first_moments_are_the_loss_s(setup, whole):
     norm = np.sqrt(sum(float((g.astype(np.float32) ** 2).sum()) for g in jax.tree.leaves(gradient)))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > 0.6  # so that it is clipped, to 0.5
     close(state.adam.mu, jax.tree.map(lambda g: 0.1 * 0.5 * g / norm, gradient))
-
-
-def test_accumulation_equals_the_whole_batch(setup, whole):
-    """Four microbatches with different numbers of targets: the same loss, terms, load and gradient."""
-    decoder, config, params, batch = setup
-    trainer = Trainer(decoder, dataclasses.replace(config, microbatch_size=2))
-    state, metrics = trainer.step(start(trainer, params), batch, SCHEDULED)
-    close(metrics, whole[2])
-    close(state.adam, whole[1].adam)
-    _, biases = router_bias.split(state.params)
-    close(biases, router_bias.split(whole[1].params)[1])
-
-
-def test_eight_devices_equal_one(setup, whole):
-    """The same step with its batch over data=8."""
-    decoder, config, params, batch = setup
-    trainer = Trainer(decoder, config, meshes.make("data=8"))
-    state, metrics = trainer.step(start(trainer, params), jax.device_put(batch, trainer.batch_sharding), SCHEDULED)
-    close(metrics, whole[2])
-    close(state.adam, whole[1].adam)
-    assert len(state.params["embed"].sharding.device_set) == 8
 
 
 def test_bias_follows_the_load_and_nothing_else(setup, whole):
