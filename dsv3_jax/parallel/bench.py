@@ -5,24 +5,25 @@
     python -m dsv3_jax.parallel.bench overlap --num-sms 112        # V3's layers, forward and backward fused: communication that is hidden
 
 `exchange` quantises, permutes, sends, sorts by expert and brings the rows back; only rows that a token needs count, padding does not.
-`step` trains on the standard library's sources; losses of different meshes are comparable. A fresh router is far from balance, and buffers
-are large for it: `--settle 45 --size 1.26 --learning-rate 0` measures what comes once the bias has balanced it. `overlap` runs the
-pipeline's executor on one rank, whose steady state is fused forwards and backwards. Communication is what NCCL's kernels take; it is
-exposed while no other kernel runs on the device. With NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
+`step` trains on the standard library's sources; losses of different meshes are comparable. Over `expert` a step whose tokens find no
+room in the buffers is void, and no speed is printed where one was. At its learning rate the router of a fresh model sends nearly all to
+one device within five steps, which first buffers may not hold; `--learning-rate 0` leaves it as it is drawn, and
+`--learning-rate 0 --settle 45 --size 1.26` measures what comes once the bias has balanced it, as it is in most of a run. `overlap`
+runs the pipeline's executor on one rank, whose steady state is fused forwards and backwards (communication, exposed: profiles.py). With
+NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
 """
 
 import argparse
 import dataclasses
 import importlib
-import math
 import re
+import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,143 +37,12 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats, Routing
 from dsv3_jax.parallel import buffers, exchange
 from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.parallel.profiles import measured_times, profile, seconds, trace
 from dsv3_jax.parallel.schedule import KINDS, build
 from dsv3_jax.parallel.schedule_table import make_table
+from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision import FP8_WEIGHTS, quantise
 from dsv3_jax.precision import recipe as named_recipe
-
-# Profiles.
-
-
-class Busy(NamedTuple):
-    """Milliseconds: of communication, of that what is exposed, and in which anything runs at all; the mean over devices."""
-
-    communication: float
-    exposed: float
-    all: float
-
-
-class Event(NamedTuple):
-    """What ran on a GPU. start, end in nanoseconds; op: its name in the compiled program, or ""."""
-
-    start: float
-    end: float
-    name: str
-    op: str
-
-    @property
-    def sends(self) -> bool:
-        return "nccl" in self.name.lower()
-
-
-def profile(run: Callable[[], object], group_of: Callable[[str], str | None] = lambda op: "") -> dict[str, Busy]:
-    """What one call of `run` keeps its devices busy with, by the group of the operation (its name in the compiled program; None: not
-    known)."""
-    devices = [_kernels(events, group_of) for events in _trace(run)]
-    return busy([kernels for kernels in devices if kernels])
-
-
-def _trace(run: Callable[[], object]) -> list[list[Event]]:
-    """Each GPU's events on its streams in one call, in order of their start."""
-
-    def of(event):
-        return Event(event.start_ns, event.start_ns + event.duration_ns, event.name, dict(event.stats).get("hlo_op", ""))
-
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            jax.block_until_ready(run())
-        (file,) = Path(directory).glob("**/*.xplane.pb")
-        found = []
-        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            if plane.name.startswith("/device:GPU"):
-                found.append(sorted(of(event) for line in plane.lines if line.name.startswith("Stream") for event in line.events))
-    return found
-
-
-def measured_times(events: list[Event], text: str, slower: float) -> str:
-    """A GPU's events as the profile that XLA schedules by (xla_gpu_pgle_profile_file_or_directory_path). text: the compiled program.
-
-    All-to-alls do not run under the names that they are scheduled by: a large one gets the median of NCCL's kernels of more than 1 ms, by
-    its bytes, times `slower`, since beside products they take longer.
-    """
-    of_ops: dict[str, list[Event]] = {}
-    for event in events:
-        if event.op:
-            of_ops.setdefault(event.op, []).append(event)
-    lines = []
-    for op, kernels in of_ops.items():
-        executions = len(kernels) / len({event.name for event in kernels})
-        us = sum(event.end - event.start for event in kernels) / 1e3 / executions
-        lines.append(f'costs {{ name: "{op}" cost_us: {us:.1f} }}')
-    sends = [(event.end - event.start) / 1e3 for event in events if event.sends and event.end - event.start > 1e6]
-    starts = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)) all-to-all-start\(", text))
-    ends = {start: end for end, start in re.findall(r"%?([\w.-]+) = .*? all-to-all-done\(.*?%?([\w.-]+)\)", text)}
-    entries = {
-        start: max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", shape)) for start, shape in starts.items()
-    }
-    large = {start: count for start, count in entries.items() if count > 1e6}
-    for start, count in large.items():
-        us = slower * np.median(sends) * count / np.median(list(large.values()))
-        lines.append(f'costs {{ name: "{start}" cost_us: {us:.1f} }}')
-        lines.append(f'latencies {{ source: "{start}" target: "{ends[start]}" latency_us: {us:.1f} }}')
-    return "\n".join(lines)
-
-
-def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]:
-    """`profile` from each device's kernels, as `_kernels` gives them."""
-    found = {}
-    for group in sorted({group for kernels in devices for _, _, group, _ in kernels}):
-        rows = []
-        for kernels in devices:
-            computing = _union([(start, end) for start, end, _, sends in kernels if not sends])
-            sending = _union([(start, end) for start, end, g, sends in kernels if sends and g == group])
-            running = _union([(start, end) for start, end, g, _ in kernels if g == group])
-            rows.append([_length(sending), _length(sending) - _overlap(sending, computing), _length(running)])
-        found[group] = Busy(*np.mean(rows, axis=0) / 1e6)
-    return found
-
-
-def _kernels(events, group_of) -> list[tuple[float, float, str, bool]]:
-    """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams, in order of the start.
-
-    What runs asynchronously is not always told to be of a known operation: it counts to the group of what was started before it.
-    """
-    found, group = [], ""
-    for event in events:
-        if event.op and (known := group_of(event.op)) is not None:
-            group = known
-        found.append((event.start, event.end, group, event.sends))
-    return found
-
-
-def _union(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _length(intervals) -> float:
-    return sum(end - start for start, end in intervals)
-
-
-def _overlap(a, b) -> float:
-    """Time in which both of two unions run."""
-    return _length(a) + _length(b) - _length(_union([*a, *b]))
-
-
-def seconds(function: Callable, *arguments, calls: int) -> float:
-    """A call's time, of `calls` back to back."""
-    jax.block_until_ready(function(*arguments))
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = function(*arguments)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / calls
-
 
 # Each benchmark is a function of its options that compiles and returns the function that measures and prints.
 
@@ -242,8 +112,7 @@ class _Exchange:
         seconds(self.run, *arguments, calls=3)  # a GPU that has been idle is slow at first
         took = seconds(self.run, *arguments, calls=10) / self.LOOP
         busy = profile(lambda: self.run(*arguments))
-        fill = float(self.run(*arguments)[1])
-        assert fill <= 1, f"the buffers were too small: {fill}"
+        assert float(self.run(*arguments)[1]) <= 1  # the size was chosen for these rows
         sends = f"; NCCL {sum(b.communication for b in busy.values()) * 1e3 / self.LOOP:.0f} us"
         print(
             f"| {self.precision} | {self.tokens} | {self.skew} | {self.imbalance:.2f} | {self.padding:.2f} | {took * 1e6:.0f}{sends} | "
@@ -280,6 +149,7 @@ def _choices(rng, config: ModelConfig, tokens: int, skew: float) -> np.ndarray:
 
 def step(options) -> Callable[[], None]:
     """The training step of a recipe."""
+    from dsv3_jax.training.loop import check_mesh
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
@@ -295,6 +165,7 @@ def step(options) -> Callable[[], None]:
         pipeline_schedule=options.schedule,
         pipeline_max_delayed=options.max_delayed,
     )
+    check_mesh(config, mesh.shape)
     trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=options.remat or config.remat), config, mesh)
     first = trainer.buffers.size
     size = options.size or first
@@ -317,14 +188,16 @@ def step(options) -> Callable[[], None]:
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
 
     def measure():
-        state, losses, fills = init(key), [], []
+        state, losses, fills, settled = init(key), [], [], []
         put = lambda rows: {"tokens": jax.device_put(rows, trainer.batch_sharding)}  # noqa: E731
         place = lambda i: put(batches[i % len(batches)])  # noqa: E731
         for i in range(options.settle):
             few = put(batches[i % len(batches)][: options.rows // 4])
             state, metrics = settling[0](state, few, Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
-        if options.settle:
-            print(f"settled: fill {float(metrics['fill']):.2f} of buffers of {2 * first:.2f}", flush=True)
+            settled.append(metrics["fill"])
+        if settled:
+            check_room(settled, 2 * first, "settling")
+            print(f"settled: fill {float(settled[-1]):.2f} of buffers of {2 * first:.2f}", flush=True)
         for i in range(options.steps):
             if i == 2:
                 jax.block_until_ready(state)
@@ -334,11 +207,10 @@ def step(options) -> Callable[[], None]:
             fills.append(metrics["fill"])
         jax.block_until_ready(state)
         rate = (options.steps - 2) * config.batch_size * config.sequence_length / (time.perf_counter() - start)
+        check_room(fills, size, "measured")
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         fill = max(map(float, fills))
         print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {fill:.2f} of buffers of {size:.2f}", flush=True)
-        if fill > 1:
-            raise UserError(f"steps were void, the buffers were too small: --size {size * fill * buffers.HEADROOM:.2f}")
         print("losses", " ".join(f"{float(loss):.4f}" for loss in losses), flush=True)
         busy = profile(lambda: compiled(state, place(-1), scheduled))
         for found in busy.values():
@@ -349,6 +221,16 @@ def step(options) -> Callable[[], None]:
             print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB", flush=True)
 
     return measure
+
+
+def check_room(fills: list, size: float, which: str) -> None:
+    """Raises UserError where the buffers of that size were too small in any of these steps: such a step is void, and so is its time."""
+    fills = [float(fill) for fill in fills]
+    if void := sum(fill > 1 for fill in fills):
+        raise UserError(
+            f"{void} of {len(fills)} {which} steps are void: up to {max(fills):.2f} times what buffers of {size:.2f} hold had to go "
+            f"into one; give --size {size * max(fills) * buffers.HEADROOM:.2f}, or --learning-rate 0 --settle 45 for a router at rest"
+        )
 
 
 def _batches(config: TrainConfig, count: int) -> list[np.ndarray]:
@@ -389,8 +271,6 @@ def overlap(options) -> Callable[[], None]:
         weights = {"mtp_loss_weight": 0.0, "balance_loss_weight": 1e-4}
         return pipeline_value_and_grad(decoder, params, {"tokens": tokens}, schedule, mesh, **weights)
 
-    from dsv3_jax.parallel.spread import Spread
-
     spread = Spread(decoder, mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(), spread.shardings)
     rows = jax.ShapeDtypeStruct((options.microbatches * parts, options.length + 1), jnp.int32, sharding=spread.batch_sharding)
@@ -406,7 +286,7 @@ def overlap(options) -> Callable[[], None]:
         tokens = jax.device_put(tokens, spread.batch_sharding)
         show(compiled, params, tokens)
         if options.measured:
-            (events, *_) = _trace(lambda: compiled(params, tokens))
+            (events, *_) = trace(lambda: compiled(params, tokens))
             with tempfile.NamedTemporaryFile("w", suffix=".pbtxt") as file:
                 file.write(measured_times(events, compiled.as_text(), options.measured))
                 file.flush()
@@ -425,6 +305,8 @@ def overlap(options) -> Callable[[], None]:
 
         took = seconds(lambda: compiled(params, tokens)[0], calls=2)
         fill = float(compiled(params, tokens)[1]["fill"])
+        if fill > 1:
+            raise UserError(f"the buffers of {size:.2f} were too small: give --size {size * fill * buffers.HEADROOM:.2f}")
         print(f"{options.precision}, {options.num_sms or 'all'} SMs: {took * 1e3:.1f} ms; fill {fill:.2f}", flush=True)
         for name, busy in profile(lambda: compiled(params, tokens), group_of).items():
             ticks = int((table.action == table.actions.index(name)).sum()) if name in table.actions else 1
@@ -486,5 +368,14 @@ def prepare(argv: list[str] | None = None) -> Callable[[], None]:
     return {"exchange": exchange_, "step": step, "overlap": overlap}[options.what](options)
 
 
+def main() -> int:
+    try:
+        prepare()()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    prepare()()
+    sys.exit(main())

@@ -1,12 +1,13 @@
-"""What the benchmark of several GPUs makes of a profile."""
+"""What the benchmark of several GPUs makes of a profile, and of steps that did not happen."""
 
 import pytest
 
-from dsv3_jax.parallel import bench
+from dsv3_jax.errors import UserError
+from dsv3_jax.parallel import bench, profiles
 
 
 def event(start, end, name, op=""):
-    return bench.Event(start * 1e6, end * 1e6, name, op)
+    return profiles.Event(start * 1e6, end * 1e6, name, op)
 
 
 def test_exposed_communication():
@@ -15,7 +16,7 @@ def test_exposed_communication():
     compute = [event(0, 4, "gemm", "dot.1"), event(6, 9, "gemm", "dot.2")]
     sends = [event(3, 6, "ncclDevKernel_SendRecv", "all-to-all.1"), event(7, 8, "ncclDevKernel_SendRecv")]
     groups = {"dot.1": "F", "dot.2": "B"}
-    busy = bench.busy([bench._kernels(sorted(compute + sends), groups.get)])
+    busy = profiles.busy([profiles.kernels_of(sorted(compute + sends), groups.get)])
     assert busy["F"] == pytest.approx((3, 2, 6)) and busy["B"] == pytest.approx((1, 0, 3))
 
 
@@ -35,8 +36,14 @@ def test_measured_times():
         event(4, 6, "dq", "attention"),
     ]
     events += [event(0, 3, "ncclDevKernel", "other"), event(3, 6, "ncclDevKernel", "other"), event(6, 6.1, "ncclDevKernel", "other")]
-    lines = bench.measured_times(events, text, 2.0).splitlines()
+    lines = profiles.measured_times(events, text, 2.0).splitlines()
     assert 'costs { name: "attention" cost_us: 3000.0 }' in lines
     assert 'latencies { source: "a2a.1" target: "done.1" latency_us: 4000.0 }' in lines
     assert 'latencies { source: "a2a.2" target: "done.2" latency_us: 8000.0 }' in lines
     assert not any("a2a.3" in line for line in lines)
+
+
+def test_void_steps_have_no_speed():
+    bench.check_room([0.7, 1.0], 1.26, "measured")
+    with pytest.raises(UserError, match=r"2 of 3 measured steps are void: up to 1.50 times .* buffers of 1.26 hold .* --size 1.95"):
+        bench.check_room([1.2, 1.5, 0.9], 1.26, "measured")

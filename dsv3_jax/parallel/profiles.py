@@ -1,0 +1,145 @@
+"""What a call keeps the GPUs busy with: JAX's profile of it, as communication that computation hides or does not.
+
+Communication is what NCCL's kernels take; it is exposed while no other kernel runs on the device.
+"""
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Busy(NamedTuple):
+    """Milliseconds: of communication, of that what is exposed, and in which anything runs at all; the mean over devices."""
+
+    communication: float
+    exposed: float
+    all: float
+
+
+class Event(NamedTuple):
+    """What ran on a GPU. start, end in nanoseconds; op: its name in the compiled program, or ""."""
+
+    start: float
+    end: float
+    name: str
+    op: str
+
+    @property
+    def sends(self) -> bool:
+        return "nccl" in self.name.lower()
+
+
+def profile(run: Callable[[], object], group_of: Callable[[str], str | None] = lambda op: "") -> dict[str, Busy]:
+    """What one call of `run` keeps its devices busy with, by the group of the operation (its name in the compiled program; None: not
+    known)."""
+    devices = [kernels_of(events, group_of) for events in trace(run)]
+    return busy([kernels for kernels in devices if kernels])
+
+
+def trace(run: Callable[[], object]) -> list[list[Event]]:
+    """Each GPU's events on its streams in one call, in order of their start."""
+
+    def of(event):
+        return Event(event.start_ns, event.start_ns + event.duration_ns, event.name, dict(event.stats).get("hlo_op", ""))
+
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(run())
+        (file,) = Path(directory).glob("**/*.xplane.pb")
+        found = []
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if plane.name.startswith("/device:GPU"):
+                found.append(sorted(of(event) for line in plane.lines if line.name.startswith("Stream") for event in line.events))
+    return found
+
+
+def measured_times(events: list[Event], text: str, slower: float) -> str:
+    """A GPU's events as the profile that XLA schedules by (xla_gpu_pgle_profile_file_or_directory_path). text: the compiled program.
+
+    All-to-alls do not run under the names that they are scheduled by: a large one gets the median of NCCL's kernels of more than 1 ms, by
+    its bytes, times `slower`, since beside products they take longer.
+    """
+    of_ops: dict[str, list[Event]] = {}
+    for event in events:
+        if event.op:
+            of_ops.setdefault(event.op, []).append(event)
+    lines = []
+    for op, kernels in of_ops.items():
+        executions = len(kernels) / len({event.name for event in kernels})
+        us = sum(event.end - event.start for event in kernels) / 1e3 / executions
+        lines.append(f'costs {{ name: "{op}" cost_us: {us:.1f} }}')
+    sends = [(event.end - event.start) / 1e3 for event in events if event.sends and event.end - event.start > 1e6]
+    starts = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)) all-to-all-start\(", text))
+    ends = {start: end for end, start in re.findall(r"%?([\w.-]+) = .*? all-to-all-done\(.*?%?([\w.-]+)\)", text)}
+    entries = {
+        start: max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", shape)) for start, shape in starts.items()
+    }
+    large = {start: count for start, count in entries.items() if count > 1e6}
+    for start, count in large.items():
+        us = slower * np.median(sends) * count / np.median(list(large.values()))
+        lines.append(f'costs {{ name: "{start}" cost_us: {us:.1f} }}')
+        lines.append(f'latencies {{ source: "{start}" target: "{ends[start]}" latency_us: {us:.1f} }}')
+    return "\n".join(lines)
+
+
+def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]:
+    """`profile` from each device's kernels, as `_kernels` gives them."""
+    found = {}
+    for group in sorted({group for kernels in devices for _, _, group, _ in kernels}):
+        rows = []
+        for kernels in devices:
+            computing = _union([(start, end) for start, end, _, sends in kernels if not sends])
+            sending = _union([(start, end) for start, end, g, sends in kernels if sends and g == group])
+            running = _union([(start, end) for start, end, g, _ in kernels if g == group])
+            rows.append([_length(sending), _length(sending) - _overlap(sending, computing), _length(running)])
+        found[group] = Busy(*np.mean(rows, axis=0) / 1e6)
+    return found
+
+
+def kernels_of(events, group_of) -> list[tuple[float, float, str, bool]]:
+    """(start, end in nanoseconds, group, whether it communicates) of everything that ran on the device's streams, in order of the start.
+
+    What runs asynchronously is not always told to be of a known operation: it counts to the group of what was started before it.
+    """
+    found, group = [], ""
+    for event in events:
+        if event.op and (known := group_of(event.op)) is not None:
+            group = known
+        found.append((event.start, event.end, group, event.sends))
+    return found
+
+
+def _union(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _length(intervals) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def _overlap(a, b) -> float:
+    """Time in which both of two unions run."""
+    return _length(a) + _length(b) - _length(_union([*a, *b]))
+
+
+def seconds(function: Callable, *arguments, calls: int) -> float:
+    """A call's time, of `calls` back to back."""
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
