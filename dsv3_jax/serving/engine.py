@@ -200,7 +200,7 @@ class Engine:
     def _collect(self, work: Work, result: Result) -> list[Output]:
         """Waits for the step and puts its tokens to the requests; those that end give their pages back."""
         rows, logprobs = np.asarray(result.outcome).tolist(), jax.tree.map(np.asarray, result.logprobs)
-        speculate, outputs = self.runner.speculate, []
+        stats, eos, speculate, outputs = self.stats, self._eos, self.runner.speculate, []
         for index, request, count in self.scheduler.landed(work):
             row = result.rows[index]
             tokens = rows[row]
@@ -208,15 +208,19 @@ class Engine:
                 *tokens, counted, request.draft = tokens
                 tokens = tokens[:counted]
             if work.prefill:
-                self.stats.prompt_tokens += count
+                stats.prompt_tokens += count
                 if request.num_cached + count < len(request.tokens):
                     self.scheduler.cached(request, request.num_cached + count)
                     continue
             elif speculate:
-                self.stats.drafted += 1
-                self.stats.accepted += counted - 1
-            tokens, reason = self._append(request, tokens)
-            self.stats.generated_tokens += len(tokens)
+                stats.drafted += 1
+                stats.accepted += counted - 1
+            reason = None
+            if request.shaper is None and len(request.tokens) + len(tokens) < request.max_tokens and eos.isdisjoint(tokens):
+                request.tokens += tokens  # as nearly always
+            else:
+                tokens, reason = self._append(request, tokens)
+            stats.generated_tokens += len(tokens)
             self.scheduler.cached(request, len(request.tokens) - 1)
             if reason:
                 self.scheduler.finish(request, reason)
@@ -227,9 +231,6 @@ class Engine:
         """Adds new tokens to a request up to where it ends: (those, why it ends there if it does)."""
         ends = () if request.params.ignore_eos else self._eos
         room = request.max_tokens - len(request.tokens)
-        if request.shaper is None and len(tokens) < room and (not ends or ends.isdisjoint(tokens)):
-            request.tokens += tokens
-            return tokens, None
         for used, token in enumerate(tokens, 1):
             request.tokens.append(token)
             reason = "stop" if token in ends else "length" if used == room else None

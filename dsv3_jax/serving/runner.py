@@ -202,9 +202,9 @@ class Runner:
 
     def _inputs(self, work: Work, batch: _Batch) -> "_Inputs":
         """The step's host arrays: the batch's, which the device may still be reading for the step before, with this step's tokens."""
-        inputs, rows, starts = batch.inputs.copy(), batch.rows, np.asarray(work.starts)
+        inputs, rows, starts = batch.inputs.copy(), np.asarray(batch.rows), np.asarray(work.starts)
         fields = inputs.fields
-        fields.lengths[rows] = starts + work.counts
+        fields.lengths[rows] = starts + np.asarray(work.counts)
         if work.prefill:
             for row, request, count, start in zip(rows, work.requests, work.counts, work.starts):
                 tokens = np.asarray(request.tokens[start : start + count + 1], np.int32)

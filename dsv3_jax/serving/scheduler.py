@@ -103,13 +103,13 @@ class Scheduler:
         """The next step, None when there is nothing to do. The pages it needs are the requests' already."""
         self._admit()
         prefilling = [request for request in self.running if request.prefilling]
-        decoding = [request for request in self.running if not request.prefilling and (not request.in_flight or _may_go_on(request))]
+        decoding = [request for request in self.running if not (request.prefilling or (request.in_flight and _must_wait(request)))]
         if prefilling and not (decoding and self._prefilled_last):
             self._prefilled_last = True
             return self._prefill(prefilling)
         self._prefilled_last = False
         decoding = self._grow(decoding)
-        return self._work(decoding, [self.lookahead] * len(decoding), None) if decoding else None
+        return self._decode(decoding) if decoding else None
 
     def landed(self, work: Work) -> list[tuple[int, Request, int]]:
         """After a step: (index, request, tokens) of those who still want what it gave: they have neither ended nor lost their pages."""
@@ -186,33 +186,31 @@ class Scheduler:
             if _chunk(request) == chunk and remaining(request) <= width and room[request.rank]:
                 room[request.rank] -= 1
                 rows.append(request)
-        return self._work(rows, [min(remaining(r), width) for r in rows], chunk)
-
-    def _work(self, requests: list[Request], counts: list[int], chunk: str | None) -> Work:
-        ahead = [chunk is None and request.in_flight > 0 for request in requests]
-        work = Work(requests, counts, [_start(r) for r in requests], ahead, chunk, [r.lives for r in requests])
-        for request, count, start in zip(requests, counts, work.starts):
+        counts, starts = [min(remaining(r), width) for r in rows], [_start(r) for r in rows]
+        for request, count, start in zip(rows, counts, starts):
             request.in_flight += count
             request.prefilling = start + count < len(request.tokens)
-        return work
+        return Work(rows, counts, starts, [False] * len(rows), chunk, [r.lives for r in rows])
+
+    def _decode(self, requests: list[Request]) -> Work:
+        starts, ahead = [len(r.tokens) - 1 for r in requests], [r.in_flight > 0 for r in requests]
+        for request in requests:
+            request.in_flight += self.lookahead
+        return Work(requests, [self.lookahead] * len(requests), starts, ahead, None, [r.lives for r in requests])
 
     def _grow(self, decoding: list[Request]) -> list[Request]:
-        """Gives each request pages for its next step; those who can, oldest first."""
-        grown, lost = [], set()
+        """Gives each request pages for its next step, oldest first; those who have them."""
+        lost, lookahead = set(), self.lookahead
         for request in decoding:
-            if request in lost:
-                continue
-            reach = len(request.tokens) - 1 + (2 if request.in_flight else 1) * self.lookahead
-            while len(request.pages) * PAGE_SIZE < min(reach, request.max_tokens) and request not in lost:
+            reach = len(request.tokens) - 1 + (2 * lookahead if request.in_flight else lookahead)
+            while len(request.pages) * PAGE_SIZE < reach and request not in lost and len(request.pages) < pages_for(request.max_tokens):
                 if self.pool.num_free_on(request.rank):
                     request.pages.append(self.pool.allocate(request.rank))
                 else:
                     youngest = [other for other in self.running if other.rank == request.rank][-1]
                     self._preempt(youngest)
                     lost.add(youngest)
-            if request not in lost:
-                grown.append(request)
-        return grown
+        return [request for request in decoding if request not in lost] if lost else decoding
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
@@ -231,9 +229,9 @@ def _start(request: Request) -> int:
     return request.num_cached + request.in_flight if request.prefilling else len(request.tokens) - 1
 
 
-def _may_go_on(request: Request) -> bool:
-    """Whether the next token may be computed before the last one is known: not if that one is the last, or shapes the next."""
-    return request.shaper is None and len(request.tokens) + 1 < request.max_tokens
+def _must_wait(request: Request) -> bool:
+    """Whether the next token cannot be computed before the last one is known: it is the last one, or it shapes the next."""
+    return request.shaper is not None or len(request.tokens) + 1 >= request.max_tokens
 
 
 def _chunk(request: Request) -> str:
