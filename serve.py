@@ -23,6 +23,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def at_least(low: int):
+    """A type of option."""
+
+    def integer(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least {low}")
+        return value
+
+    return integer
+
+
+def positive(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     bench = argv[:1] == ["bench"]
     parser = Parser(
@@ -35,23 +52,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     engine = parser.add_argument_group("engine")
     engine.add_argument("--mesh", default="", help="devices, for example expert=8 or data=2,expert=4; default the first one")
-    engine.add_argument("--fake-devices", type=int, help="rehearse a mesh on that many devices made of this CPU")
-    engine.add_argument("--max-batch", type=int, default=64, help="requests that run at once, on all devices together")
-    engine.add_argument("--max-length", type=int, help="tokens of a request, prompt and answer; default what the model allows")
-    engine.add_argument("--cache-tokens", type=int, help="size of the latent cache; default what is useful and fits into free memory")
-    engine.add_argument("--host-cache-tokens", type=int, default=0, help="host memory for what the cache has no room for; default none")
-    engine.add_argument("--redundant-experts", type=int, default=0, help="copies of busy experts in each layer, beside one of each")
-    engine.add_argument("--rebalance-steps", type=int, default=0, help="plan anew which device has which experts, so often; default never")
-    engine.add_argument("--prefill-tokens", type=int, default=1024, help="of a prompt in one step; longer ones are cut into chunks")
+    engine.add_argument("--fake-devices", type=at_least(1), help="rehearse a mesh on that many devices made of this CPU")
+    engine.add_argument("--max-batch", type=at_least(1), default=64, help="requests that run at once, on all devices together")
+    engine.add_argument("--max-length", type=at_least(1), help="tokens of a request, prompt and answer; default what the model allows")
+    engine.add_argument("--cache-tokens", type=at_least(1), help="the latent cache; default what is useful and fits into free memory")
+    engine.add_argument("--host-cache-tokens", type=at_least(0), default=0, help="host memory for what the cache has no room for")
+    engine.add_argument("--redundant-experts", type=at_least(0), default=0, help="copies of busy experts in each layer, beside one of each")
+    engine.add_argument(
+        "--rebalance-steps", type=at_least(0), default=0, help="plan anew which device has which experts, so often; 0: never"
+    )
+    engine.add_argument("--prefill-tokens", type=at_least(1), default=1024, help="of a prompt in one step; longer ones are cut into chunks")
     engine.add_argument("--fp8-cache", action="store_true", help="keep latents in FP8")
     engine.add_argument("--speculate", action="store_true", help="draft tokens with the MTP module: the same answers, sooner")
 
     if bench:
-        option("--requests", type=int, default=100)
-        option("--rate", type=float, help="requests a second; default all at once")
+        option("--requests", type=at_least(1), default=100)
+        option("--rate", type=positive, help="requests a second; default all at once")
         option("--lengths", choices=["fixed", "random", "mixed", "sharegpt"], default="random", help="see bench.py")
-        option("--prompt-tokens", type=int, default=256, help="all (fixed), most (random, mixed) or mean (sharegpt)")
-        option("--answer-tokens", type=int, default=128, help="the same of answers")
+        option("--prompt-tokens", type=at_least(1), default=256, help="all (fixed), most (random, mixed) or mean (sharegpt)")
+        option("--answer-tokens", type=at_least(1), default=128, help="the same of answers")
         option("--text", type=Path, help="prompts are pieces of this file; default random tokens")
         option("--random", choices=["bf16", "fp8"], help="MODEL is a recipe's name: its model with random weights")
         option("--static", action="store_true", help="fill a batch, wait until all of it has ended, fill the next")

@@ -30,13 +30,13 @@ def lengths(kind: str, mean: int, count: int, rng: np.random.Generator) -> np.nd
 def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
     """Greedy requests, cut to the context: of random tokens, or of pieces of a text."""
     rng, longest = np.random.default_rng(options.seed), engine.scheduler.longest_request
-    if options.requests < 1 or longest < 2:
-        raise UserError(f"{options.requests} requests within {longest} tokens: there must be one request and two tokens at least")
+    if longest < 2:
+        raise UserError(f"a request has room for {longest} token: there must be two at least, one of them the prompt")
     prompts = np.minimum(lengths(options.lengths, options.prompt_tokens, options.requests, rng), longest - 1)
     answers = np.minimum(lengths(options.lengths, options.answer_tokens, options.requests, rng), longest - prompts)
     text = rng.integers(0, engine.config.vocab_size, 1 << 20)
     if options.text:
-        text = np.asarray(engine.encode(options.text.read_text(encoding="utf-8")))
+        text = np.asarray(engine.encode(options.text.read_text(encoding="utf-8", errors="replace")))
         if len(text) <= max(prompts):
             raise UserError(f"{options.text} has {len(text)} tokens, and the longest prompt {max(prompts)}: give a longer text")
     starts = rng.integers(0, len(text) - prompts, len(prompts))

@@ -26,12 +26,16 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     if options.bench:
         from dsv3_jax.serving import bench
 
+        if options.text and not options.text.is_file():
+            raise UserError(f"{options.text} does not exist: give a text file to cut prompts from")
         compilation_cache.use()
         engine = make_engine()
         compile_all(engine)
         return bench.run(engine, options)
     if options.input and not options.input.is_file():
         raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UserError(f"{options.output.absolute().parent} does not exist: make it, or give another --output")
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
     defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
     validate(COMPLETIONS, defaults)

@@ -78,9 +78,11 @@ class Engine:
         consume: bool = False,
     ):
         config, ranks = decoder.config, Ranks.of(mesh)
-        for name, value in (("max_batch", max_batch), ("max_length", max_length or 1), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        sizes = {"max_batch": max_batch, "max_length": max_length, "prefill_tokens": prefill_tokens, "num_pages": num_pages}
+        least = {"num_pages": ranks.count}  # one for each device
+        for name, value in sizes.items():
+            if value is not None and value < least.get(name, 1):
+                raise UserError(f"{name} is {value}: it must be at least {least.get(name, 1)}")
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
         max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
@@ -93,9 +95,9 @@ class Engine:
         if num_pages is None:
             fitting = pages_within(free_memory(ranks.devices), config, dtype, mtp=speculate)
             num_pages = ranks.count * min(fitting, shapes.batches[-1] * shapes.tables[-1])
+            if num_pages < ranks.count:
+                raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
         num_pages -= num_pages % ranks.count
-        if num_pages < 1:
-            raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.runner = Runner(
             ranks.decoder(decoder), params, shapes, num_pages=num_pages, cache_dtype=dtype, speculate=speculate, ranks=ranks

@@ -76,7 +76,8 @@ def sample(logits_BQW: jax.Array, rows: Rows, positions_BQ: jax.Array, bias_BQW:
     biased_BQW = logits_BQW if bias_BQW is None else logits_BQW + bias_BQW
     tokens_BQ = greedy(biased_BQW)
     if asked.draw:
-        scaled_BQW = biased_BQW / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None, None]
+        below_BQW = biased_BQW - jnp.max(biased_BQW, axis=-1, keepdims=True)  # the likeliest stays finite at any temperature
+        scaled_BQW = below_BQW / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None, None]
         if asked.filtered:
             scaled_BQW = filter_logits(scaled_BQW, rows)
         noise_BQW = jax.vmap(lambda seed, positions: _gumbel(seed, positions, logits_BQW.shape[-1]))(rows.seed, positions_BQ)

@@ -50,7 +50,7 @@ class Worker(threading.Thread):
                 self._commands.put(("abort", left))
 
     def stop(self) -> None:
-        """Ends the thread once its work is done."""
+        """Ends the thread with the step it is at."""
         self._commands.put(("stop",))
         self.join()
 

@@ -1,5 +1,6 @@
 """The sampler against numpy, and its draws against the distribution they should have."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,10 +10,13 @@ from dsv3_jax.serving.sampler import Asked, Rows, filter_logits, sample
 LOGITS = np.log(np.array([0.4, 0.05, 0.25, 0.02, 0.18, 0.1], np.float32))
 
 
+compiled = jax.jit(sample, static_argnames="asked")
+
+
 def tokens(logits, params, positions):
     """As a step samples them: the parameters travel as bits."""
     bits = Rows.of(params).packed()
-    return np.asarray(sample(logits, Rows.unpacked(bits), positions, asked=Asked.of(params)).tokens)
+    return np.asarray(compiled(logits, Rows.unpacked(bits), positions, asked=Asked.of(params)).tokens)
 
 
 def distribution(logits, params):
@@ -74,6 +78,11 @@ def test_greedy_rows_stay_greedy_beside_draws():
     logits = np.random.default_rng(2).normal(size=(2, 1, 50)).astype(np.float32)
     params = [SamplingParams(temperature=0, top_k=3), SamplingParams(temperature=1, top_k=3)]
     assert tokens(logits, params, np.zeros((2, 1), np.int32))[0, 0] == logits[0].argmax()
+
+
+def test_next_to_no_temperature_draws_the_likeliest():
+    logits = np.array([[[1.0, 9.0, 10.0, 8.0]]], np.float32)
+    assert tokens(logits, [SamplingParams(temperature=1e-37)], np.zeros((1, 1), np.int32)) == 2
 
 
 def test_derived_seeds_differ():
