@@ -11,7 +11,7 @@ from pallas_kernels import aot, tuning
 from pallas_kernels.gemm import SMEM_BYTES, Problem, gemm
 from pallas_kernels.grouped_bf16 import shapes as bf16_shapes
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
-from pallas_kernels.grouped_matmul.hopper import grouped_fp8_matmul
+from pallas_kernels.grouped_matmul.hopper import grouped_fp8_matmul, masked_fp8_matmul
 from pallas_kernels.matmul import shapes as dense_shapes
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.wgrad import shapes as wgrad_shapes
@@ -111,6 +111,18 @@ def test_no_row_tile_is_added_twice():
     problem = Problem(7168, arguments[-1], units=17, unit=lambda i: None, accumulate=True)
     with pytest.raises(ValueError, match="17 row tiles for clusters of 2"):
         gemm(tuning.Config(128, 128, 2, "m", 2, "b"), problem, None, (), num_sms=4)
+
+
+def test_masked_row_tiles_share_no_weights():
+    """Neighbours may be of two groups: no choice has them share b, and one that did would be refused."""
+    masked = [
+        e for file in tuning.DATA.glob("*.json") for e in tuning.json.loads(file.read_text())["choices"] if e["op"] == "masked_matmul"
+    ]
+    configs = [tuning.Config(**e["config"]) for e in masked] + tuning.candidates("masked_matmul", 128)
+    assert masked and all(config.cluster == 1 or config.multicast == "a" for config in configs)
+    shared = functools.partial(masked_fp8_matmul, config=tuning.Config(128, 128, 2, "m", 2, "b"))
+    with pytest.raises(ValueError, match="neighbouring row tiles may be of two groups"):
+        jax.eval_shape(shared, tiles(2, 256, 256), blocks(2, 128, 256), sizes(2))
 
 
 @pytest.mark.parametrize("op", tuning.OPS)
