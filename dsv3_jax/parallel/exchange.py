@@ -204,9 +204,17 @@ def _implementation(bits: jax.Array) -> str | None:
     return "reference" if bits.dtype.itemsize == 4 else None
 
 
+def _rows_or_zeros(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of x; zeros where the index is beyond the last.
+
+    None is negative, and XLA is told so: it would look for those by an array that a microbatch's forward shares with the backward of
+    another beside it, make one kernel of both, and the backward's experts would wait for the forward's tokens.
+    """
+    return x.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
 def _sum_of_copies(y_RD: jax.Array, places_TM: jax.Array) -> jax.Array:
-    copies_TMD = y_RD.at[places_TM].get(mode="fill", fill_value=0)
-    return jnp.sum(copies_TMD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+    return jnp.sum(_rows_or_zeros(y_RD, places_TM), axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
 def _itemsize(dtype: np.dtype) -> int:
@@ -244,7 +252,7 @@ def _to_experts(layout: Layout, plan: Sorted, bits: jax.Array, gradient: jax.Arr
     values = _from_integers(_spread(bits, plan, layout.columns), layout.dtype)
     if layout.dtype != E4M3:
         return values
-    scales = layout.scales(bits).at[plan.choice_R // plan.places_TM.shape[1]].get(mode="fill", fill_value=0)
+    scales = _rows_or_zeros(layout.scales(bits), plan.choice_R // plan.places_TM.shape[1])
     return Activation(Quantized.tiles(values, scales), jnp.zeros(values.shape, gradient.dtype))
 
 
@@ -270,13 +278,13 @@ _from_experts.defvjp(lambda plan, y_RD: (_from_experts(plan, y_RD), plan), _from
 
 @jax.custom_vjp
 def _weights_of_rows(weights_TM: jax.Array, choice_R: jax.Array, places_TM: jax.Array) -> jax.Array:
-    return weights_TM.reshape(-1).at[choice_R].get(mode="fill", fill_value=0)
+    return _rows_or_zeros(weights_TM.reshape(-1), choice_R)
 
 
 # Held apart: XLA would take the sums over whole rows, which the gradients are, into the gather, as a loop of one thread each.
 _weights_of_rows.defvjp(
     lambda weights_TM, choice_R, places_TM: (_weights_of_rows(weights_TM, choice_R, places_TM), places_TM),
-    lambda places_TM, d_R: (lax.optimization_barrier(d_R).at[places_TM].get(mode="fill", fill_value=0), None, None),
+    lambda places_TM, d_R: (_rows_or_zeros(lax.optimization_barrier(d_R), places_TM), None, None),
 )
 
 

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.parallel.schedule_table import NONE, Table
+from dsv3_jax.parallel.schedule_table import NONE, Table, columns_of_all, columns_of_ranks
 from dsv3_jax.parallel.stage import InputGradient, Kept, Stage, Stash, Weights, zeros
 
 # (parameters outside the stacks, hidden [B, S, D] after the last layer, microbatch, arguments, axis) -> (loss, (terms, fill)): sums over
@@ -145,20 +144,10 @@ class Rank:
         """All ticks."""
         rings, sums = self._start()
         branches = [self._branch(name) for name in self.table.actions]
-        columns = {name: jnp.asarray(column)[:, self.index] for name, column in _columns(self.table).items()}
-        columns["loss_microbatch"] = jnp.asarray(self._loss_microbatches())
-        columns["sends"] = jnp.asarray(self.table.sends.any(axis=(1, 2)))
+        columns = {name: jnp.asarray(column)[:, self.index] for name, column in columns_of_ranks(self.table).items()}
+        columns |= {name: jnp.asarray(column) for name, column in columns_of_all(self.table).items()}
         (_, sums), _ = lax.scan(lambda carry, row: (self._tick(branches, *carry, row), None), (rings, sums), columns)
         return sums
-
-    def _loss_microbatches(self) -> np.ndarray:
-        """int32 [ticks, chunks]: the microbatch whose forward ends at the last stage of the chunk, or NONE."""
-        table, ends = self.table, np.full((self.table.num_ticks, len(self.stages)), NONE, np.int32)
-        for p, last in enumerate(self.last):
-            if last is not None:
-                runs = np.array([f"F{p}" in name for name in table.actions])[table.action[:, last]]
-                ends[runs, p] = table.f_microbatch[runs, last]
-        return ends
 
     def _start(self) -> tuple[Rings, Sums]:
         """Empty rings and sums."""
@@ -338,41 +327,6 @@ class Rank:
     def _positions(self, batch: dict):
         where = (batch[name][:, :-1] if name in batch else None for name in ("positions", "segment_ids"))
         return self.decoder.positions(batch["tokens"][:, :-1], *where)
-
-
-def _columns(table: Table) -> dict[str, np.ndarray]:
-    """The table's columns [ticks, ranks, ...] with places in rings of both chunks, nowhere being one after the last."""
-    chunk = np.arange(table.schedule.num_chunks)
-    of_actions = np.array([[int(name[name.index(letter) + 1]) if letter in name else 0 for name in _letters(table)] for letter in "FB"])
-    f_chunk, b_chunk = of_actions[:, table.action]
-    forward_first, backward_first = (np.cumsum([0, *slots])[:-1] for slots in (table.forward_slots, table.backward_slots))
-
-    def place(slot, offset, slots):
-        return np.where(slot == NONE, slots, slot + offset).astype(np.int32)
-
-    def of_chunks(slot, of_action, slots):  # [ticks, ranks, chunks]
-        return np.where(of_action[..., None] == chunk, slot[..., None], slots).astype(np.int32)
-
-    forward_slots, backward_slots = sum(table.forward_slots), sum(table.backward_slots)
-    return {
-        "action": table.action,
-        "f_microbatch": np.maximum(table.f_microbatch, 0),
-        "b_microbatch": np.maximum(table.b_microbatch, 0),
-        "f_first": (table.f_input == NONE) & (table.f_microbatch != NONE),
-        "f_input": place(table.f_input, forward_first[f_chunk], forward_slots),
-        "b_input": place(table.b_input, backward_first[b_chunk], backward_slots),
-        "f_residual": of_chunks(place(table.f_residual, 0, table.residual_slots), f_chunk, table.residual_slots),
-        "b_residual": place(table.b_residual, 0, table.residual_slots),
-        "b_stash": of_chunks(place(table.b_stash, 0, table.stash_slots), b_chunk, table.stash_slots),
-        "w_stash": place(table.w_stash, 0, table.stash_slots),
-        "keep_forward": place(table.keep_forward, forward_first[chunk], forward_slots),
-        "keep_backward": place(table.keep_backward, backward_first[chunk], backward_slots),
-    }
-
-
-def _letters(table: Table) -> list[str]:
-    """The actions, an input gradient counting as the backward it is the first half of."""
-    return [name.replace("I", "B") for name in table.actions]
 
 
 def _only(ranks) -> int | None:

@@ -130,6 +130,53 @@ def make_table(schedule: Schedule) -> Table:
     )
 
 
+def columns_of_ranks(table: Table) -> dict[str, np.ndarray]:
+    """The table as the executor reads it, columns [ticks, ranks, ...]: slots of both chunks as places in one ring, nowhere as one after
+    the last."""
+    chunk = np.arange(table.schedule.num_chunks)
+    of_actions = np.array([[int(name[name.index(letter) + 1]) if letter in name else 0 for name in _letters(table)] for letter in "FB"])
+    f_chunk, b_chunk = of_actions[:, table.action]
+    forward_first, backward_first = (np.cumsum([0, *slots])[:-1] for slots in (table.forward_slots, table.backward_slots))
+
+    def place(slot, offset, slots):
+        return np.where(slot == NONE, slots, slot + offset).astype(np.int32)
+
+    def of_chunks(slot, of_action, slots):  # [ticks, ranks, chunks]
+        return np.where(of_action[..., None] == chunk, slot[..., None], slots).astype(np.int32)
+
+    forward_slots, backward_slots = sum(table.forward_slots), sum(table.backward_slots)
+    return {
+        "action": table.action,
+        "f_microbatch": np.maximum(table.f_microbatch, 0),
+        "b_microbatch": np.maximum(table.b_microbatch, 0),
+        "f_first": (table.f_input == NONE) & (table.f_microbatch != NONE),
+        "f_input": place(table.f_input, forward_first[f_chunk], forward_slots),
+        "b_input": place(table.b_input, backward_first[b_chunk], backward_slots),
+        "f_residual": of_chunks(place(table.f_residual, 0, table.residual_slots), f_chunk, table.residual_slots),
+        "b_residual": place(table.b_residual, 0, table.residual_slots),
+        "b_stash": of_chunks(place(table.b_stash, 0, table.stash_slots), b_chunk, table.stash_slots),
+        "w_stash": place(table.w_stash, 0, table.stash_slots),
+        "keep_forward": place(table.keep_forward, forward_first[chunk], forward_slots),
+        "keep_backward": place(table.keep_backward, backward_first[chunk], backward_slots),
+    }
+
+
+def _letters(table: Table) -> list[str]:
+    """The actions, an input gradient counting as the backward it is the first half of."""
+    return [name.replace("I", "B") for name in table.actions]
+
+
+def columns_of_all(table: Table) -> dict[str, np.ndarray]:
+    """What all ranks do together, columns [ticks, ...]. loss_microbatch int32 [ticks, chunks]: the microbatch whose forward ends at the
+    last stage of the chunk, or NONE; sends: whether any rank sends to another."""
+    schedule, ends = table.schedule, np.full((table.num_ticks, table.schedule.num_chunks), NONE, np.int32)
+    for p in range(schedule.num_chunks):
+        for last in (rank for rank in range(schedule.num_ranks) if schedule.consumer(rank, p) is None):
+            runs = np.array([f"F{p}" in name for name in table.actions])[table.action[:, last]]
+            ends[runs, p] = table.f_microbatch[runs, last]
+    return {"loss_microbatch": ends, "sends": table.sends.any(axis=(1, 2))}
+
+
 def _name(action: tuple) -> str:
     return "".join(f"{name}{p}" for name, p, _ in parts(action))
 

@@ -110,6 +110,23 @@ def test_products_run_while_tokens_travel(computations, action):
     assert not [line for line in body if re.search(r" all-to-all\(", line)]  # one that does not run beside others
 
 
+@pytest.mark.parametrize("action", ["F0B1", "F1B0"])
+def test_forward_and_backward_do_not_wait_for_each_other(computations, action):
+    """A product depends on all-to-alls of its own microbatch only: kernels that XLA makes of both would tie them together."""
+    waits_for, products = {}, set()
+    for line in computations[branches(computations)[action]]:
+        name, text = re.match(r"(?:ROOT )?%?([\w.-]+) = (.*)", line).groups()
+        operands = re.findall(r"%([\w.-]+)", re.split(r", (?:metadata|control-predecessors)=", text)[0])
+        waits_for[name] = set().union(*(waits_for.get(operand, set()) for operand in operands))
+        if own := set(re.findall(r'op_name="[^"]*/([FB])\d/', line)):
+            if " all-to-all-done(" in line:
+                waits_for[name] |= own
+            elif is_product(computations, line):
+                assert waits_for[name] <= own, line[:300]
+                products |= waits_for[name]
+    assert products == {"F", "B"}
+
+
 def test_no_copy_of_a_ring(computations):
     """In no branch, and not between ticks."""
     value = f"{ROWS},{LENGTH},{WIDTH}"
