@@ -32,6 +32,7 @@ from dsv3_jax.errors import UserError
 CHECKSUMS = "checksums.json"
 # Orbax logs, with a traceback, what its threads raise; it comes out of `result` as well, and is told from there in one line.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+_TEMPORARY, _ORBAX_METADATA = ".orbax-checkpoint-tmp", "_CHECKPOINT_METADATA"  # Orbax's names
 _TOGETHER_BYTES = 10**9
 # These keep their dtype whatever a loader asks for: block scales and the router's selection bias are float32 by definition.
 _FLOAT32_BY_DEFINITION = re.compile(r"(_scale|e_score_correction_bias)$")
@@ -146,8 +147,9 @@ class Saved:
 class Writer:
     """Saves steps of a run asynchronously, keeps the last `keep` complete ones, and clears what an interrupted save has left.
 
-    `wait` before the program ends: while Python shuts down Orbax may not start the threads it needs, and a save in flight then neither
-    completes nor lets the program go. config: the resolved configuration, stored with every step (see `Saved.config`).
+    config: the resolved configuration, stored with every step (see `Saved.config`). Raises UserError where something else lies under a
+    step's name. `wait` before the program ends: while Python shuts down Orbax may not start the threads it needs, and a save in flight
+    then neither completes nor lets the program go.
     """
 
     def __init__(self, directory: str | Path, config: dict, *, keep: int):
@@ -157,9 +159,14 @@ class Writer:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for folder in self.directory.iterdir():
-                number, *temporary = folder.name.split(".orbax-checkpoint-tmp")
-                if number.isdigit() and folder.is_dir() and (temporary or not (folder / CHECKSUMS).is_file()):
-                    shutil.rmtree(folder)
+                number, *temporary = folder.name.split(_TEMPORARY)
+                if not number.isdigit() or (not temporary and (folder / CHECKSUMS).is_file()):
+                    continue
+                if not temporary and not (folder / _ORBAX_METADATA).is_file():
+                    raise UserError(
+                        f"{folder} is no checkpoint, and steps are saved under such names: remove it, or give another --workdir"
+                    )
+                shutil.rmtree(folder)
 
     def save(self, step: int, items: Mapping[str, Any]) -> None:
         """Start saving trees of arrays and Python numbers; returns when they are copied and may be changed or donated.
@@ -197,9 +204,8 @@ class Writer:
             if jax.process_index() == 0:
                 _complete(self.directory / str(step))
                 for old in complete_steps(self.directory)[: -self.keep]:
-                    # First it stops being complete, then it goes: there is no moment at which half a step looks like one.
-                    (self.directory / str(old) / CHECKSUMS).unlink()
-                    shutil.rmtree(self.directory / str(old))
+                    # First it stops being a step, then it goes: there is no moment at which half a step looks like one.
+                    shutil.rmtree((self.directory / str(old)).rename(self.directory / f"{old}{_TEMPORARY}"))
         except Exception as error:  # handed to the thread that saves
             self._error = error
 
@@ -221,7 +227,7 @@ def save_streaming(directory: str | Path, step: int, config: dict, leaves: Itera
         ocp.partial.finalize(folder)
         # Orbax calls the only item of such a checkpoint `state`.
         (folder / "state").rename(folder / "params")
-        metadata = folder / "_CHECKPOINT_METADATA"
+        metadata = folder / _ORBAX_METADATA
         handlers = {"params": f"{ocp.handlers.PyTreeHandler.__module__}.{ocp.handlers.PyTreeHandler.__qualname__}"}
         write_atomically(metadata, json.dumps(json.loads(metadata.read_text()) | {"item_handlers": handlers}))
         _complete(folder)

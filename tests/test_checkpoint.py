@@ -153,6 +153,15 @@ def test_incomplete_steps_are_not_there(folder):
     assert sorted(os.listdir(folder)) == ["1", "2", "notes"]
 
 
+def test_what_is_no_checkpoint_is_not_cleared(tmp_path):
+    """A folder of photographs, in a folder that somebody has taken for a run."""
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "photograph").write_text("x")
+    with pytest.raises(UserError, match="2024 is no checkpoint"):
+        checkpoint.Writer(tmp_path, {}, keep=3)
+    assert (tmp_path / "2024" / "photograph").exists()
+
+
 @pytest.mark.parametrize(
     "target, message",
     [

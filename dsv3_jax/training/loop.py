@@ -51,15 +51,15 @@ class Result(NamedTuple):
 def run(config: TrainConfig) -> Result:
     """Train, or go on training, in `config.workdir`. Raises UserError, with the last complete checkpoint intact."""
     directory = Path(config.workdir)
-    with _locked(directory), stop_signals() as stop, _told_of_files(directory):
-        return Run(config, directory, stop).train()
+    with _locked(directory), _told_of_files(directory):
+        return Run(config, directory).train()
 
 
 class Run:
     """One run; its parts are made in the order in which they can go wrong, the cheap ones first."""
 
-    def __init__(self, config: TrainConfig, directory: Path, stop: list[int]):
-        self.config, self.directory, self.stop = config, directory, stop
+    def __init__(self, config: TrainConfig, directory: Path):
+        self.config, self.directory = config, directory
         numerics = recipe(resolve_precision(config.precision))
         check_devices(numerics)
         self.mesh = meshes.make(config.mesh)
@@ -114,6 +114,11 @@ class Run:
     # Steps.
 
     def train(self) -> Result:
+        """To the end, or until a signal stops it: what has been trained is then saved. Before, a signal ends the process as any other."""
+        with stop_signals() as self.stop:
+            return self._train_and_evaluate()
+
+    def _train_and_evaluate(self) -> Result:
         config, directory, reports = self.config, self.directory, jax.process_index() == 0
         if reports:
             if self.resumed_from is not None and self.resumed_from.directory.parent == directory.absolute():

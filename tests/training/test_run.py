@@ -157,7 +157,7 @@ def test_an_older_step_is_gone_on_with(whole, config, tmp_path):
 
 def test_init_from_takes_the_weights_alone(whole, config, tmp_path):
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"), init_from=str(whole[0]))
-    run = loop.Run(config, tmp_path / "run", [])
+    run = loop.Run(config, tmp_path / "run")
     expected = checkpoint.open_run(whole[0]).params()
     for a, b in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(expected)):
         np.testing.assert_array_equal(a, b)
