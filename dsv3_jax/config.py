@@ -31,6 +31,9 @@ class RopeScaling:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    def __post_init__(self):
+        _check_at_least(1, self, "factor", "original_max_position_embeddings")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -185,6 +185,8 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--mesh", "data=3", "--dry-run"], "mesh 'data=3' does not match the devices: there are 8"),
         (["--mesh", "dta=8", "--dry-run"], "unknown mesh axis 'dta' (did you mean 'data'?)"),
         (["--mesh", "data=8", "--batch-size", "12", "--workdir", "{tmp}/run"], "batch_size=12"),
+        (["--mesh", "data=8", "--batch-size", "12", "--dry-run"], "batch_size=12"),
+        (["--sequence-length", "512", "--workdir", "{tmp}/run"], "sequence_length=512 is more than model.max_position_embeddings=256"),
         (["--data.corpus", "nowhere", "--workdir", "{tmp}/run"], "the corpus nowhere does not exist"),
         (["--data.corpus", "{tmp}/empty", "--workdir", "{tmp}/run"], "has no files"),
         (["--workdir", "{tmp}/file/run"], "cannot write to"),
@@ -247,16 +249,19 @@ def test_help_does_not_import_jax(tmp_path):
 
 
 def test_dry_run_of_the_671b_model_on_fake_devices(environment):
-    argv = ["deepseek_v3", "--dry-run", "--fake-devices", "6", "--mesh", "data=2,expert=3"]
+    argv = ["deepseek_v3", "--dry-run", "--fake-devices", "8", "--mesh", "data=2,expert=4"]
     done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for number in ("671,026,419,200 main", "11,610,068,224 MTP only", "data=2, pipe=1, expert=3 (6 devices)", "62,914,560"):
+    for number in ("671,026,419,200 main", "11,610,068,224 MTP only", "data=2, pipe=1, expert=4 (8 devices)", "62,914,560"):
         assert number in done.stdout
 
 
 def test_overrides_reach_every_level(recipe, command):
     options = ["--model.num-hidden-layers", "4", "--batch_size", "16", "--optimizer.moment-dtype", "float32", "--steps=7"]
-    (_, plain, _), (status, output, _) = command([recipe, "--dry-run"]), command([recipe, "--dry-run", *options, "--data.corpus", "a", "b"])
+    (_, plain, _), (status, output, _) = (
+        command([recipe, "--dry-run", "--batch-size", "8"]),
+        command([recipe, "--dry-run", *options, "--data.corpus", "a", "b"]),
+    )
     assert status == 0 and f"tokens a step: {16 * 32:,}; {16 * 32 * 7:,} in 7 steps" in output
     assert "moments, two of bfloat16" in plain and "moments, two of float32" in output
     count = lambda text: int(text.split()[1].replace(",", ""))  # noqa: E731

@@ -22,7 +22,7 @@ from dsv3_jax.model import Decoder, fused_attention
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision import recipe
 from dsv3_jax.training import dry_run
-from dsv3_jax.training.loop import check_mesh
+from dsv3_jax.training.pipeline import check_mesh
 from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer
 from pallas_kernels import aot

@@ -116,8 +116,9 @@ def _bytes(tree) -> int:
 
 
 def report(config: TrainConfig, num_devices: int) -> str:
-    """Parameters, bytes a device by kind, and tokens a step, as text. Raises UserError where the mesh does not match."""
+    """Parameters, bytes a device by kind, and tokens a step, as text. Raises UserError where the run would not fit the mesh."""
     sizes, counts = meshes.resolve(config.mesh, num_devices), parameters(config.model)
+    pipeline.check_mesh(config, sizes)
     kinds = bytes_a_device(config, sizes)
     first, length = schedules.batch_size(config, 0), config.sequence_length
     lines = [

@@ -10,7 +10,7 @@ import fcntl
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,12 @@ class Run:
         numerics = recipe(resolve_precision(config.precision))
         check_devices(numerics)
         self.mesh = meshes.make(config.mesh)
-        check_mesh(config, self.mesh.shape)
+        pipeline.check_mesh(config, self.mesh.shape)
+        if config.sequence_length > config.model.max_position_embeddings:
+            raise UserError(
+                f"sequence_length={config.sequence_length} is more than model.max_position_embeddings="
+                f"{config.model.max_position_embeddings}: raise the one, which is also what serving allows, or lower the other"
+            )
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": POSITION})["data"] if self.resumed_from else POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
@@ -307,15 +312,6 @@ def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: chec
         )
     tokenizer.save(directory / "tokenizer")
     return prepared
-
-
-def check_mesh(config: TrainConfig, sizes: Mapping[str, int]) -> None:
-    """Raises UserError where the experts, the layers or the batch do not divide over a mesh of these sizes."""
-    batches = {name: getattr(config, name) for name in ("batch_size", "batch_ramp_from", "microbatch_size")}
-    meshes.check(sizes, config.model, batches)
-    if sizes["pipe"] > 1:
-        for num_rows in (config.batch_size, config.batch_ramp_from or config.batch_size):
-            pipeline.schedule(config, sizes, num_rows)
 
 
 def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | None:

@@ -11,9 +11,19 @@ from dsv3_jax.config import TrainConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import executor, placement
+from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel.mesh import num_expert_parts
 from dsv3_jax.parallel.schedule import Schedule, build
 from dsv3_jax.training import loss
+
+
+def check_mesh(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where the experts, the layers or the batch of a run do not divide over a mesh of these sizes."""
+    batches = {name: getattr(config, name) for name in ("batch_size", "batch_ramp_from", "microbatch_size")}
+    meshes.check(sizes, config.model, batches)
+    if sizes["pipe"] > 1:
+        for num_rows in (config.batch_size, config.batch_ramp_from or config.batch_size):
+            schedule(config, sizes, num_rows)
 
 
 def schedule(config: TrainConfig, sizes: Mapping[str, int], num_rows: int) -> Schedule:

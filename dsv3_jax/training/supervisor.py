@@ -20,7 +20,7 @@ from dsv3_jax.command_line import INTERRUPTED, WRONG_INPUT
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.training import loop
+from dsv3_jax.training import loop, pipeline
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # after one process reports wrong input: it may be the echo of another's death
@@ -137,7 +137,7 @@ def _fewer(config: TrainConfig, most: int, least: int, devices_each: int) -> int
     """The largest number of processes from `most` down to `least` over which mesh and batch divide; None if there is none."""
     for number in range(most, max(least, 1) - 1, -1):
         with contextlib.suppress(UserError):
-            loop.check_mesh(config, meshes.resolve(config.mesh, number * devices_each))
+            pipeline.check_mesh(config, meshes.resolve(config.mesh, number * devices_each))
             return number
     return None
 

@@ -1,11 +1,16 @@
-"""The study tells scales apart: on operands with the outliers and the range that training has."""
+"""The study tells scales apart: on operands with the outliers and the range that training has; the comparison of curves."""
+
+import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
-from dsv3_jax.precision import BF16, Scales
+from dsv3_jax.precision import BF16, Scales, curves
 from dsv3_jax.precision.study import SCHEMES, Operands, _quantised, errors, operands_of, study
 from tests import draw
 
@@ -34,6 +39,33 @@ def test_coarse_scales_stand_out():
     assert np.isclose(result["standard_deviations"]["per_tensor"]["dx"], d.mean() / d.std(ddof=1))
     assert result["standard_deviations"]["per_tensor"]["dx"] > 5 < result["standard_deviations"]["gradient_blocks"]["dx"]
     assert result["standard_deviations"]["gradient_blocks"]["y"] == 0
+
+
+def test_one_batch_has_no_spread():
+    with pytest.raises(UserError, match="at least two"):
+        study(iter([[]]))
+
+
+def test_curves_compared(tmp_path, capsys):
+    """Means of the last hundred steps; a spread of BF16 seeds, which one seed has not; runs in the reference are not among those in FP8."""
+
+    def run(name, last, steps=150):
+        losses = [9.0] * (steps - 100) + [last - 0.5, last + 0.5] * 50
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"main": loss}) + "\n" for loss in losses))
+
+    compare = lambda: curves.compare(SimpleNamespace(curves=tmp_path, plot=None))  # noqa: E731
+    run("bf16-0", 4.0)
+    run("fp8-0", 4.2)
+    run("fp8_reference-0", 8.0)
+    with pytest.raises(UserError, match="1 runs in bf16 and 1 in fp8"):
+        compare()
+    run("bf16-1", 4.1)
+    compare()
+    mean, deviation = 4.05, 0.05 * np.sqrt(2)
+    assert f"{4.2 / mean - 1:+.3%} (a seed's standard deviation: {deviation / mean:.3%})" in capsys.readouterr().out
+    (tmp_path / "bf16-2.jsonl").write_text('{"main": 4.0}\n' * 99)
+    with pytest.raises(UserError, match="has 99 steps"):
+        compare()
 
 
 def test_what_is_quantised_leaves_its_program_in_e4m3():
