@@ -19,7 +19,8 @@ def draw(run: Path, output: Path) -> None:
     except ImportError:
         raise UserError("a picture needs matplotlib: pip install 'dsv3_jax[plots]'") from None
     try:
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        text = (run / "metrics.jsonl").read_text()
+        metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a killed run's last line may be half a line
     except OSError as error:
         raise UserError(f"cannot read {run / 'metrics.jsonl'} ({error.strerror}): give a run folder") from error
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -47,7 +48,10 @@ def draw(run: Path, output: Path) -> None:
     bits.set(xlabel="step", ylabel="bits per byte of held-out text", xlim=(0, None), ylim=(0, 1.15 * max(gzip, *coded)))
     for axes in (loss, bits):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=110)
+    try:
+        figure.savefig(output, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot draw {output} ({error}): give a .png, .svg or .pdf in a folder that can be written") from error
 
 
 def _prepared(run: Path) -> Prepared:

@@ -99,8 +99,14 @@ def test_tensorboard_events(whole):
 def test_a_picture(whole, tmp_path, capsys):
     assert plot.main([str(whole[0]), str(tmp_path / "run.png")]) == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert plot.main([str(tmp_path), str(tmp_path / "none.png")]) == 2
-    assert capsys.readouterr().err.startswith("error: cannot read ")
+    for run, output, message in (
+        (tmp_path, "none.png", "error: cannot read "),
+        (whole[0], "run.what", "error: cannot draw "),
+        (whole[0], "nowhere/run.png", "error: cannot draw "),
+    ):
+        assert plot.main([str(run), str(tmp_path / output)]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith(message) and errors.count("\n") == 1
 
 
 def stop_after(monkeypatch, step):
