@@ -63,6 +63,25 @@ def num_expert_parts(sizes: Mapping[str, int]) -> int:
     return sizes.get("expert", 1) * sizes.get("node", 1) * sizes.get("local", 1)
 
 
+def share_of_rows(mesh, process: int) -> tuple[int, int]:
+    """(index, count): the devices of a process hold the index-th of `count` equal parts of a batch's rows, which lie over data x expert.
+
+    Processes of different ranks of `pipe` may hold the same part. Raises UserError where the devices of a process hold no such part.
+    """
+    import numpy as np
+
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    by_rank = np.moveaxis(owners, mesh.axis_names.index("pipe"), 0).reshape(mesh.shape["pipe"], -1)
+    mine = np.flatnonzero((by_rank == process).any(axis=0))
+    index, count = mine[0] // len(mine), by_rank.shape[1] // len(mine)
+    if by_rank.shape[1] % len(mine) or not np.array_equal(mine, index * len(mine) + np.arange(len(mine))):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise UserError(
+            f"the devices of process {process} lie across the mesh {sizes}: choose an expert size that its devices divide, or fill"
+        )
+    return int(index), int(count)
+
+
 def check(sizes: Mapping[str, int], model: ModelConfig, batches: Mapping[str, int | None]) -> None:
     """Raises UserError, with the nearest valid choice, where the experts or the batch do not divide over the mesh.
 

@@ -73,14 +73,10 @@ class Run:
         position = self.resumed_from.load({"data": POSITION})["data"] if self.resumed_from else POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
         self.prepared = processes.first(lambda: _prepare(config, directory, position["rows"], self.resumed_from))
-        self.loader = Loader(
-            self.prepared.directory,
-            seed=config.seed,
-            segment_ids=config.data.mask_documents,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         process, count = jax.process_index(), jax.process_count()
+        self.share = meshes.share_of_rows(self.mesh, process)
+        options = {"seed": config.seed, "segment_ids": config.data.mask_documents}
+        self.loader = Loader(self.prepared.directory, process_index=self.share[0], process_count=self.share[1], **options)
         self.watch = watch.Watch(directory / "where", process, count, config.max_wait, watch.place(self.mesh, process))
         self.decoder = Decoder(config.model, numerics, remat=config.remat)
         self.trainer = Trainer(self.decoder, config, self.mesh)
@@ -218,7 +214,7 @@ class Run:
 
     def _evaluate(self, every: int = 1) -> tuple[float, float] | None:
         """(nats, tokens) of every n-th batch of the held-out rows; None where a process is told to stop meanwhile."""
-        parts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        parts = {"process_index": self.share[0], "process_count": self.share[1]}
         nats = count = 0.0
         for i, batch in enumerate(heldout_batches(self.prepared.directory, self._eval_batch, **parts)):
             if i % every == 0:

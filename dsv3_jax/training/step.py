@@ -77,7 +77,8 @@ class Trainer:
         """`step` as one program, with buffers of that size."""
         if size not in self._steps:
             one = functools.partial(self._step, self.spread.decoder(size))
-            self._steps[size] = jax.jit(one, donate_argnums=0, out_shardings=(self.shardings, None))
+            # Metrics lie on every device, or a process of several could not read them.
+            self._steps[size] = jax.jit(one, donate_argnums=0, out_shardings=(self.shardings, self.shardings.skipped))
         return self._steps[size]
 
     def next_token_loss(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:

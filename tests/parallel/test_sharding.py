@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -66,6 +67,35 @@ def test_devices_of_a_mesh():
     shardings = sharding.param_shardings(Decoder(ModelConfig()).logical_axes(), serving)
     assert shardings["moe_layers"]["mlp"]["experts"]["down_proj"].spec == PartitionSpec(None, "expert", None, None)
     assert shardings["embed"].spec == PartitionSpec(None, None)
+
+
+def mesh_of_processes(text, devices_each):
+    """Devices in their order, so many to a process."""
+    sizes = mesh.parse(text)
+    number = np.prod(list(sizes.values()))
+    devices = np.array([SimpleNamespace(process_index=i // devices_each) for i in range(number)]).reshape(tuple(sizes.values()))
+    return SimpleNamespace(devices=devices, axis_names=tuple(sizes), shape=sizes)
+
+
+@pytest.mark.parametrize(
+    "text, devices_each, shares",
+    [
+        ("data=4", 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ("data=2,expert=2", 2, [(0, 2), (1, 2)]),
+        ("pipe=2", 1, [(0, 1), (0, 1)]),  # both need all rows
+        ("data=2,pipe=2,expert=2", 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ("data=2,pipe=2,expert=4", 2, [(0, 4), (1, 4), (0, 4), (1, 4), (2, 4), (3, 4), (2, 4), (3, 4)]),
+        ("pipe=2,expert=2x2", 8, [(0, 1)]),
+    ],
+)
+def test_rows_of_a_process_are_those_of_its_devices(text, devices_each, shares):
+    """Of a batch as it lies over data and expert: ranks of a pipeline have the same."""
+    assert [mesh.share_of_rows(mesh_of_processes(text, devices_each), process) for process in range(len(shares))] == shares
+
+
+def test_devices_across_the_rows_are_refused():
+    with pytest.raises(UserError, match="devices of process 0 lie across the mesh data=4, pipe=1, expert=3"):
+        mesh.share_of_rows(mesh_of_processes("data=4,expert=3", 8), 0)
 
 
 @pytest.mark.parametrize(

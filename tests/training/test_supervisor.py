@@ -236,6 +236,19 @@ def test_fewer_data_ranks(whole, recipe, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_pipeline_over_processes(tmp_path):
+    """Two ranks in two processes: every rank gets all rows, and the first reads metrics of both."""
+    recipe = str(write_recipe(tmp_path, steps=3, batch_size=8, checkpoint_every=3, eval_every=1000))
+    options = ["--mesh", "pipe=2", "--pipeline-schedule", "1f1b", "--model.num-hidden-layers", "4"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    for name, processes in (("one", ["--fake-devices", "2"]), ("two", ["--supervise", "2"])):
+        argv = [sys.executable, "train.py", recipe, *options, *processes, "--workdir", str(tmp_path / name)]
+        subprocess.run(argv, cwd=ROOT, env=environment, check=True)
+    assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")
+    assert_same_step(tmp_path / "one", tmp_path / "two")
+
+
 def assert_same_step(a, b):
     a, b = checkpoint.open_run(a), checkpoint.open_run(b)
     assert a.step == b.step
