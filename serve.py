@@ -13,14 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+from dsv3_jax.command_line import Parser
 from dsv3_jax.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
 
 
 def at_least(low: int):
