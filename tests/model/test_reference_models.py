@@ -104,8 +104,9 @@ def test_hidden_states_and_routers_of_every_layer(reference, name):
         close(weights, expected[f"router_w_layer{layer}_ids48"], 1e-5)
 
 
-# The tokens of the other two: tests/serving/test_engine.py.
-@pytest.mark.parametrize("name", [slow("tiny_s_plain"), slow("tiny_s_yarn_mtp"), "tiny_e_fp8_mtp"])
+# tests/serving/test_engine.py has the same tokens.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_s_plain", "tiny_s_yarn_mtp", "tiny_e_fp8_mtp"])
 def test_greedy_tokens(reference, name):
     model, expected = reference(name)
     tokens = model.generate(expected["prompts"].tolist(), max_new_tokens=32, ignore_eos=True)

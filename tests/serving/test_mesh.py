@@ -34,8 +34,10 @@ def make(model, mesh, *, free_pages=None, **options):
     return engine
 
 
-# `data=2` alone: test_prefixes_come_back_from_the_host.
-@pytest.mark.parametrize("name, mesh", [("tiny_s_plain", "expert=2"), ("tiny_s_yarn_mtp", "data=2,expert=2")])
+# `data=2` alone: test_prefixes_come_back_from_the_host; `expert=2`: test_an_fp8_checkpoint_is_served_as_it_is_stored.
+@pytest.mark.parametrize(
+    "name, mesh", [pytest.param("tiny_s_plain", "expert=2", marks=pytest.mark.slow), ("tiny_s_yarn_mtp", "data=2,expert=2")]
+)
 def test_greedy_tokens_equal_the_oracles(oracle, name, mesh):
     model = oracle(name)
     engine = make(model, mesh, speculate="mtp" in name)
