@@ -37,12 +37,13 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats, Routing
 from dsv3_jax.parallel import buffers, exchange
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel.profiles import measured_times, profile, seconds, trace
+from dsv3_jax.parallel.profiles import measured_times, profile, trace
 from dsv3_jax.parallel.schedule import KINDS, build
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision import FP8_WEIGHTS, quantise
 from dsv3_jax.precision import recipe as named_recipe
+from dsv3_jax.precision.bench import seconds
 
 # Each benchmark is a function of its options that compiles and returns the function that measures and prints.
 

@@ -6,7 +6,6 @@ Communication is what NCCL's kernels take; it is exposed while no other kernel r
 import math
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -133,13 +132,3 @@ def _length(intervals) -> float:
 def _overlap(a, b) -> float:
     """Time in which both of two unions run."""
     return _length(a) + _length(b) - _length(_union([*a, *b]))
-
-
-def seconds(function: Callable, *arguments, calls: int) -> float:
-    """A call's time, of `calls` back to back."""
-    jax.block_until_ready(function(*arguments))
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = function(*arguments)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / calls
