@@ -43,7 +43,7 @@ from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision import FP8_WEIGHTS, quantise
 from dsv3_jax.precision import recipe as named_recipe
-from dsv3_jax.precision.bench import seconds
+from dsv3_jax.precision.bench import flop_per_token, seconds
 
 # Each benchmark is a function of its options that compiles and returns the function that measures and prints.
 
@@ -55,7 +55,10 @@ def exchange_(options) -> Callable[[], None]:
     compiled = [_Exchange(mesh, options.precision, *case) for case in cases]
 
     def measure():
-        print("| precision | tokens a GPU | skew | fullest device, of the mean | padding | us | useful GB/s a GPU | of it over the link |")
+        print(
+            "| precision | tokens a GPU | skew | fullest device, of the mean | padding | us | useful GB/s a GPU | of it over the link "
+            "| two plain all-to-alls of these buffers, us | GB/s a GPU over the link |"
+        )
         for case in compiled:
             case.report()
 
@@ -107,6 +110,7 @@ class _Exchange:
         self.arguments = lambda: (*jax.device_put(operands, place), ones())
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in (*operands, y_RD)]
         self.run = jax.jit(mapped).lower(*shapes).compile()
+        self.plain = _Plain(mesh, spec, (room * devices, round(row)), self.LOOP)
 
     def report(self):
         arguments = self.arguments()
@@ -115,11 +119,40 @@ class _Exchange:
         busy = profile(lambda: self.run(*arguments))
         assert float(self.run(*arguments)[1]) <= 1  # the size was chosen for these rows
         sends = f"; NCCL {sum(b.communication for b in busy.values()) * 1e3 / self.LOOP:.0f} us"
+        plain = self.plain.seconds()
         print(
             f"| {self.precision} | {self.tokens} | {self.skew} | {self.imbalance:.2f} | {self.padding:.2f} | {took * 1e6:.0f}{sends} | "
-            f"{self.useful / took / 1e9:.0f} | {self.crossing / took / 1e9:.0f} |",
+            f"{self.useful / took / 1e9:.0f} | {self.crossing / took / 1e9:.0f} | "
+            f"{plain * 1e6:.0f} | {self.plain.crossing / plain / 1e9:.0f} |",
             flush=True,
         )
+
+
+class _Plain:
+    """All-to-alls of as many bytes, a third of them there and then the rest back, and nothing else."""
+
+    def __init__(self, mesh, spec, shape: tuple[int, int], loop: int):
+        self.loop, (rows, row), devices = loop, shape, meshes.num_expert_parts(mesh.shape)
+        self.crossing = rows * row * (devices - 1) / devices
+        widths, place = (row // 3, row - row // 3), NamedSharding(mesh, spec)
+        send = lambda x: lax.all_to_all(x, spec[0], 0, 0, tiled=True)  # noqa: E731
+
+        def here(there, back):
+            def once(_, parts):
+                there, back = lax.optimization_barrier((send(parts[0]), parts[1]))
+                return there, send(back)
+
+            return lax.fori_loop(0, loop, once, (there, back))
+
+        mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec), check_vma=False)
+        make = lambda: tuple(jnp.zeros((rows * devices, width), jnp.uint8) for width in widths)  # noqa: E731
+        self.make = jax.jit(make, out_shardings=place).lower().compile()
+        self.run = jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in jax.eval_shape(make))).compile()
+
+    def seconds(self) -> float:
+        parts = self.make()
+        seconds(self.run, *parts, calls=3)  # as the exchange itself is measured
+        return seconds(self.run, *parts, calls=10) / self.loop
 
 
 class _Idle:
@@ -150,15 +183,17 @@ def _choices(rng, config: ModelConfig, tokens: int, skew: float) -> np.ndarray:
 
 def step(options) -> Callable[[], None]:
     """The training step of a recipe."""
-    from dsv3_jax.training.loop import check_mesh
+    from dsv3_jax.training.pipeline import check_mesh
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
     config: TrainConfig = importlib.import_module(f"configs.{options.recipe}").recipe()
+    model = dataclasses.replace(config.model, **{name: int(value) for name, _, value in (part.partition("=") for part in options.model)})
     mesh = meshes.make(options.mesh or "data=1", jax.devices()[: options.devices])
     parts = mesh.size // mesh.shape["pipe"]
     config = dataclasses.replace(
         config,
+        model=model,
         batch_size=options.rows,
         batch_ramp_from=None,
         microbatch_size=options.microbatch * parts,
@@ -176,25 +211,27 @@ def step(options) -> Callable[[], None]:
     made = lambda key: trainer.init(trainer.spread.decoder(1.0).init(jax.random.wrap_key_data(key)))  # noqa: E731
     state = like(jax.eval_shape(made, key), trainer.shardings)
     batches = _batches(config, options.steps + 2)
-    batch = like({"tokens": batches[0]}, {"tokens": trainer.batch_sharding})
+    batch_of = lambda rows: like({"tokens": batches[0][:rows]}, {"tokens": trainer.batch_sharding})  # noqa: E731
     scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
     start = time.perf_counter()
     init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
-    lowered = [trainer.jitted(size).lower(state, batch, scheduled)]
+    profiled_rows = options.profile_rows or options.rows
+    few = config.microbatch_size * (2 * mesh.shape["pipe"] if mesh.shape["pipe"] > 1 else 1)  # as few as any schedule takes
+    programs = {(size, options.rows), (size, profiled_rows)}
     if options.settle:
-        few = like({"tokens": batches[0][: options.rows // 4]}, {"tokens": trainer.batch_sharding})
-        lowered.append(trainer.jitted(2 * first).lower(state, few, scheduled))  # a step without room would not teach the bias
-    with ThreadPoolExecutor(2) as pool:
-        compiled, *settling = pool.map(lambda one: _compile(one, options), lowered)
-    print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
+        programs.add((2 * first, few))  # a step without room would not teach the bias
+    lowered = {(size, rows): trainer.jitted(size).lower(state, batch_of(rows), scheduled) for size, rows in programs}
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(zip(lowered, pool.map(lambda one: _compile(one, options), lowered.values())))
+    run, profiled, settling = compiled[size, options.rows], compiled[size, profiled_rows], compiled.get((2 * first, few))
+    print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(run)}", flush=True)
 
     def measure():
         state, losses, fills, settled = init(key), [], [], []
         put = lambda rows: {"tokens": jax.device_put(rows, trainer.batch_sharding)}  # noqa: E731
-        place = lambda i: put(batches[i % len(batches)])  # noqa: E731
+        place = lambda i, rows: put(batches[i % len(batches)][:rows])  # noqa: E731
         for i in range(options.settle):
-            few = put(batches[i % len(batches)][: options.rows // 4])
-            state, metrics = settling[0](state, few, Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
+            state, metrics = settling(state, place(i, few), Scheduled(0.0, 0.3, 1e-2 if i < options.settle * 2 // 3 else 1e-3))
             settled.append(metrics["fill"])
         if settled:
             check_room(settled, 2 * first, "settling")
@@ -203,7 +240,7 @@ def step(options) -> Callable[[], None]:
             if i == 2:
                 jax.block_until_ready(state)
                 start = time.perf_counter()
-            state, metrics = compiled(state, place(i), scheduled)
+            state, metrics = run(state, place(i, options.rows), scheduled)
             losses.append(metrics["loss"])
             fills.append(metrics["fill"])
         jax.block_until_ready(state)
@@ -211,9 +248,13 @@ def step(options) -> Callable[[], None]:
         check_room(fills, size, "measured")
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         fill = max(map(float, fills))
-        print(f"{config.precision} {sizes}: {rate:,.0f} tokens/s, fill {fill:.2f} of buffers of {size:.2f}", flush=True)
+        flops = rate * flop_per_token(config) / mesh.size / 1e12
+        print(
+            f"{config.precision} {sizes}: {rate:,.0f} tokens/s, {flops:.0f} TFLOP/s a GPU; fill {fill:.2f} of buffers of {size:.2f}",
+            flush=True,
+        )
         print("losses", " ".join(f"{float(loss):.4f}" for loss in losses), flush=True)
-        busy = profile(lambda: compiled(state, place(-1), scheduled))
+        busy = profile(lambda: profiled(state, place(-1, profiled_rows), scheduled))
         for found in busy.values():
             print(
                 f"one step: busy {found.all:.1f} ms, communication {found.communication:.1f} ms, exposed {found.exposed:.1f} ms", flush=True
@@ -279,7 +320,7 @@ def overlap(options) -> Callable[[], None]:
     lowered = jax.jit(gradients, out_shardings=(None, None, spread.shardings)).lower(shapes, rows)
     compiled = _compile(lowered, options)
     print(f"compiled in {time.perf_counter() - start:.0f} s; {_summary(compiled)}", flush=True)
-    branch = re.compile(r"branch_(\d+)_fun")
+    branch = re.compile(r"/action/cond/branch_(\d+)_fun")
 
     def measure():
         params = jax.jit(decoder.init, out_shardings=spread.shardings)(jax.random.key(0))
@@ -346,8 +387,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--skew", type=float, nargs="+", default=[0.0, 1.0])
     group = parser.add_argument_group("step")
     group.add_argument("--recipe", default="small")
+    group.add_argument("--model", nargs="+", default=[], metavar="FIELD=VALUE", help="of the recipe's model: num_hidden_layers=4")
     group.add_argument("--devices", type=int, help="of this machine; all by default")
     group.add_argument("--rows", type=int, default=64, help="sequences a step")
+    group.add_argument("--profile-rows", type=int, help="of the step that is profiled, where all would take too long")
     group.add_argument("--microbatch", type=int, default=16, help="sequences a forward pass on each device")
     group.add_argument("--schedule", default="dualpipev", choices=KINDS)
     group.add_argument("--steps", type=int, default=10)

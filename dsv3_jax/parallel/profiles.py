@@ -48,8 +48,10 @@ def trace(run: Callable[[], object]) -> list[list[Event]]:
     def of(event):
         return Event(event.start_ns, event.start_ns + event.duration_ns, event.name, dict(event.stats).get("hlo_op", ""))
 
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0  # what the host does is several times as many events
     with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
+        with jax.profiler.trace(directory, profiler_options=options):
             jax.block_until_ready(run())
         (file,) = Path(directory).glob("**/*.xplane.pb")
         found = []

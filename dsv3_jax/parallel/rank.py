@@ -181,14 +181,18 @@ class Rank:
         x_BSD = jnp.where(row["f_first"], self.decoder.embed(self.shared, f_batch["tokens"][:, :-1]), _read(rings.forward, row["f_input"]))
         kept, stash = Place(rings.kept, row["b_residual"]), Place(rings.stash, row["w_stash"])
         reads = Reads(x_BSD, _read(rings.backward, row["b_input"]), kept, stash, f_batch, b_batch)
-        writes, sums = lax.switch(row["action"], branches, reads, sums)
+        with jax.named_scope("action"):  # scopes by which profiles tell what a rank spends its time on
+            writes, sums = lax.switch(row["action"], branches, reads, sums)
         of_loss = []
         for p, last in enumerate(self.last):
-            dy_BSD, sums = (None, sums) if last is None else self._loss(p, row["loss_microbatch"][p], writes.y_BSD, sums)
+            with jax.named_scope("output_loss"):
+                dy_BSD, sums = (None, sums) if last is None else self._loss(p, row["loss_microbatch"][p], writes.y_BSD, sums)
             of_loss.append(dy_BSD)
 
         forward, backward = rings.forward, rings.backward
-        for p, (arrived, cotangent) in enumerate(self._exchange(row["sends"], writes, of_loss)):
+        with jax.named_scope("neighbours"):
+            exchanged = self._exchange(row["sends"], writes, of_loss)
+        for p, (arrived, cotangent) in enumerate(exchanged):
             forward = _write(forward, row["keep_forward"][p], arrived)
             backward = _write(backward, row["keep_backward"][p], cotangent)
         kept = self._kept.write(rings.kept, row["f_residual"], self.table.residual_slots, writes.kept)
