@@ -85,8 +85,14 @@ class Decoder:
         return params
 
     def abstract_params(self) -> dict:
-        """Shapes and dtypes of `init`, nothing allocated."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """Shapes and dtypes of `init`, nothing allocated. They are those of the modules: tracing the draws takes longer."""
+        float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+        embedding = self.config.vocab_size, self.config.hidden_size
+        params = {"embed": float32(*embedding), "lm_head": float32(*embedding), "final_norm": float32(self.config.hidden_size)}
+        for name, (_, count) in self._makers.items():
+            one = module.shapes(self.modules[name])
+            params[name] = one if count is None else jax.tree.map(lambda leaf, n=count: leaf.update(shape=(n, *leaf.shape)), one)
+        return params
 
     def logical_axes(self) -> dict:
         """The logical axis names of every parameter, in the structure of `init`."""

@@ -70,6 +70,11 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
+def shapes(module: nnx.Module) -> dict:
+    """The shape and dtype of every parameter of an `abstract` module, in the structure of `init`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(module)))
+
+
 def logical_axes(module: nnx.Module) -> dict:
     """The logical axis names of every parameter, in the structure of `init`."""
     axes = jax.tree.map(

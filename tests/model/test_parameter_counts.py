@@ -21,6 +21,8 @@ def count(tree) -> int:
     ],
 )
 def test_parameter_counts(recipe, main, mtp):
-    params = Decoder(recipe.model()).abstract_params()
+    decoder = Decoder(recipe.model())
+    params = decoder.abstract_params()
+    assert params == jax.eval_shape(decoder.init, jax.random.key(0))  # what is drawn has these shapes and dtypes
     assert count(params.pop("mtp", {})) == mtp
     assert count(params) == main
