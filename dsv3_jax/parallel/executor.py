@@ -24,7 +24,7 @@ from dsv3_jax.parallel.schedule import Schedule
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.spread import gather, reduce
 from dsv3_jax.parallel.stage import Layer, Program, Stage, Weights
-from dsv3_jax.precision import attach
+from dsv3_jax.precision import attach, detach, is_counter, overflow_counters
 
 
 class Result(NamedTuple):
@@ -32,13 +32,14 @@ class Result(NamedTuple):
 
     loss: the mean over parts. terms: of the output loss, summed over parts. stats: RouterStats of the MoE layers, load [L, E] and
     balance_loss [L] summed over parts, fill [] the largest, of the output loss's too. gradients: of the loss, float32, in the structure
-    of the parameters, each where its master lies.
+    of the parameters, each where its master lies. overflow: in FP8 recipes, counts as `overflow_counters` gives them.
     """
 
     loss: jax.Array
     terms: dict
     stats: RouterStats
     gradients: dict
+    overflow: dict
 
 
 def value_and_grad(
@@ -71,6 +72,7 @@ def value_and_grad(
     def on_device(params, microbatches, balance_weight, arguments):
         index, recipe = lax.axis_index("pipe"), decoder.recipe
         shared = jax.tree.map(gather, _shared(params), split_shared)
+        shared = attach(shared, overflow_counters(shared, recipe))
         stacks = {name: weights if recipe.fp8 else weights.for_products(recipe) for name, weights in _stacks(params).items()}
         programs, stages = {}, []
         for slots, row in zip(chunks, placement.to_rank(stacks, split_stacks, chunks, index)):
@@ -87,18 +89,25 @@ def value_and_grad(
 
         replicas = sharding.mesh_axes(sharding.BATCH, sizes)
         whole = sharding.Split(None, replicas), sharding.Split(None, ("pipe",))
-        stats = {slot.stack: jax.tree.map(lambda _: whole, tree) for row in zip(chunks, sums.stats) for slot, tree in zip(*row)}
-        layers = placement.from_rank(sums.layers, split_stacks, chunks)
-        gradients = {name: attach(*weights) for name, weights in layers.items()} | jax.tree.map(reduce, sums.shared, split_shared)
-        loss, terms, load_and_balance = *lax.psum((sums.loss, sums.terms), mesh.axis_names), placement.from_rank(sums.stats, stats, chunks)
-        return loss, terms, load_and_balance, lax.pmax(sums.fill, mesh.axis_names), gradients
+
+        def collected(trees):
+            like = {slot.stack: jax.tree.map(lambda _: whole, tree) for row in zip(chunks, trees) for slot, tree in zip(*row)}
+            return placement.from_rank(trees, like, chunks)
+
+        apart = [[detach(attach(*weights), is_counter) for weights in row] for row in sums.layers]
+        d_shared, of_shared = detach(sums.shared, is_counter)
+        gradients = placement.from_rank([[rest for rest, _ in row] for row in apart], splits, chunks)
+        gradients |= jax.tree.map(reduce, d_shared, split_shared)
+        overflow = collected([[counts for _, counts in row] for row in apart]) | lax.psum(of_shared, mesh.axis_names)
+        loss, terms = lax.psum((sums.loss, sums.terms), mesh.axis_names)
+        return loss, terms, collected(sums.stats), lax.pmax(sums.fill, mesh.axis_names), gradients, overflow
 
     repeated = PartitionSpec()
-    loss, terms, stats, fill, gradients = jax.shard_map(
+    loss, terms, stats, fill, gradients, overflow = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(specs, PartitionSpec(None, sharding.mesh_axes(sharding.BATCH, sizes)), repeated, repeated),
-        out_specs=(repeated, repeated, repeated, repeated, specs),
+        out_specs=(repeated, repeated, repeated, repeated, specs, repeated),
         check_vma=False,
     )(params, microbatches, jnp.asarray(balance_weight, jnp.float32), arguments)
     load_LE, balance_L = stats.get(
@@ -106,7 +115,7 @@ def value_and_grad(
     )
     # Divided here and not where they arise: a loss as small as its part of the whole would leave the range of FP8 gradients.
     gradients = jax.tree.map(lambda gradient: gradient / parts, gradients)
-    return Result(loss / parts, terms, RouterStats(load_LE, balance_L, fill), gradients)
+    return Result(loss / parts, terms, RouterStats(load_LE, balance_L, fill), gradients, overflow)
 
 
 def _stacks(params: dict) -> dict[str, Weights]:

@@ -15,12 +15,12 @@ from jax import lax
 from dsv3_jax.model import Decoder, module
 from dsv3_jax.model.attention import Positions
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.precision import FP8_WEIGHTS, Tap, attach, quantize_params, weight_gradient
+from dsv3_jax.precision import FP8_WEIGHTS, Tap, attach, overflow_counters, quantize_params, weight_gradient
 
 
 class Weights(NamedTuple):
-    """A layer's parameters (or a stack's, or their gradients). small: norms and router, the float32 masters; large: the weights of
-    FP8_WEIGHTS, in the compute dtype or as FP8 forms."""
+    """A layer's parameters (or a stack's, or their gradients). small: norms and router, the float32 masters, and in FP8 recipes
+    `overflow_counters`; large: the weights of FP8_WEIGHTS, in the compute dtype or as FP8 forms."""
 
     small: dict
     large: dict
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     def for_products(self, recipe) -> "Weights":
         """Masters as products read them."""
         if recipe.fp8:
-            return self._replace(large=quantize_params(self.large, recipe))
+            return Weights(attach(self.small, overflow_counters(self.large, recipe)), quantize_params(self.large, recipe))
         return self._replace(large=jax.tree.map(lambda w: w.astype(recipe.compute_dtype), self.large))
 
 

@@ -7,7 +7,19 @@ from dsv3_jax.precision.fp8 import Activation, keep, quantise
 from dsv3_jax.precision.linear import Weight, grouped_linear, linear, silu_gate, swiglu_linear
 from dsv3_jax.precision.recipe import BF16, FLOAT32, FP8, FP8_REFERENCE, FP8_WEIGHTS, Recipe, Scales, check_devices, recipe
 from dsv3_jax.precision.tap import Tap, weight_gradient
-from dsv3_jax.precision.weights import FP8Weight, attach, dense, fp8_axes, from_fp8, has_fp8, overflow_counters, quantize_params, to_fp8
+from dsv3_jax.precision.weights import (
+    FP8Weight,
+    attach,
+    dense,
+    detach,
+    fp8_axes,
+    from_fp8,
+    has_fp8,
+    is_counter,
+    overflow_counters,
+    quantize_params,
+    to_fp8,
+)
 
 __all__ = [
     "BF16",
@@ -24,10 +36,12 @@ __all__ = [
     "attach",
     "check_devices",
     "dense",
+    "detach",
     "fp8_axes",
     "from_fp8",
     "grouped_linear",
     "has_fp8",
+    "is_counter",
     "keep",
     "linear",
     "overflow_counters",

@@ -70,14 +70,20 @@ def quantize_params(params: Mapping, recipe: Recipe) -> dict:
 
 
 def overflow_counters(params: Mapping, recipe: Recipe) -> dict:
-    """Zeros to `attach` and to differentiate by: the "gradient" of `name_overflow` [2] ([L, 2] in a stack) float32 is the number of tiles
-    of the product's input and of its output gradient that hold a NaN or an infinity. Empty for recipes without FP8."""
+    """Zeros to `attach`, to all parameters or to those of a layer, and to differentiate by: the "gradient" of `name_overflow` [2], in a
+    stack [L, 2], float32 is the number of tiles of the product's input and of its output gradient that hold a NaN or an infinity. Empty
+    for recipes without FP8."""
     counters = {}
     for key, stack in params.items() if recipe.fp8 else ():
         if isinstance(stack, Mapping):
             count = jax.tree.leaves(stack)[0].shape[:1] if key.endswith("_layers") else ()
             counters[key] = _select(stack, lambda name, w, count=count: {name + OVERFLOW: jnp.zeros((*count, 2), jnp.float32)})
     return counters
+
+
+def is_counter(name: str) -> bool:
+    """Whether a leaf of that name is one of `overflow_counters`."""
+    return name.endswith(OVERFLOW)
 
 
 def attach(params: Mapping, *extras: Mapping) -> dict:
@@ -87,6 +93,19 @@ def attach(params: Mapping, *extras: Mapping) -> dict:
         for name, leaf in extra.items():
             merged[name] = attach(merged.get(name, {}), leaf) if isinstance(leaf, Mapping) else leaf
     return merged
+
+
+def detach(params: Mapping, wanted: Callable[[str], bool]) -> tuple[dict, dict]:
+    """(everything else, the leaves of wanted names), sub-dicts of `params` each; `attach` puts them together again."""
+    rest, found = {}, {}
+    for name, leaf in params.items():
+        if isinstance(leaf, Mapping):
+            rest[name], inner = detach(leaf, wanted)
+            if inner:
+                found[name] = inner
+        else:
+            (found if wanted(name) else rest)[name] = leaf
+    return rest, found
 
 
 def to_fp8(params: Mapping) -> dict:

@@ -83,5 +83,6 @@ def pipeline_value_and_grad(
         "balance": (jnp.sum(layers.balance_loss) + head["balance"]) / parts,
         "fill": layers.fill,
         "load": jnp.concatenate([layers.load_E, head["load"]]),
+        "overflow": result.overflow,
     }
     return result.loss, terms, result.gradients

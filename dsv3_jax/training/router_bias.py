@@ -6,20 +6,14 @@ b_i += γ · sign(mean load − load_i)      over the global batch, after each s
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.precision import detach
+
 NAME = "e_score_correction_bias"
 
 
 def split(params: dict) -> tuple[dict, dict]:
-    """(everything else, the biases), sub-dicts of `params` each; `precision.attach` puts them together again."""
-    rest, biases = {}, {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            rest[name], inner = split(value)
-            if inner:
-                biases[name] = inner
-        else:
-            (biases if name == NAME else rest)[name] = value
-    return rest, biases
+    """(everything else, the biases), as `precision.detach`."""
+    return detach(params, lambda name: name == NAME)
 
 
 def update(biases: dict, load_LE: jax.Array, speed: jax.Array) -> dict:

@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision import FP8_REFERENCE
 from dsv3_jax.training import loss, router_bias
 from dsv3_jax.training.schedules import Scheduled
@@ -114,3 +115,23 @@ def test_an_fp8_overflow_is_counted_per_tensor_and_its_step_skipped(setup, count
         state, metrics = trainer.step(start(trainer, params), batch, SCHEDULED)
         found.append((int(metrics["overflow"]["dense_layers"]["self_attn"]["q_a_proj_overflow"][0, 0]), int(state.skipped)))
     assert found == [(0, 0), (8 * 32, 1)]
+
+
+@pytest.mark.slow
+def test_a_pipeline_counts_overflows_as_one_device_does(setup):
+    """Of the layers and of the MTP module, by weight."""
+    decoder, config, params, batch = setup
+    decoder = Decoder(decoder.config, FP8_REFERENCE)
+    params = jax.tree.map(np.copy, params)
+    params["moe_layers"]["post_attention_layernorm"][0, 3] = np.inf
+    config, counts = dataclasses.replace(config, microbatch_size=1, pipeline_schedule="1f1b"), []
+    for sizes in ("data=1", "pipe=2"):
+        mesh = meshes.make(sizes, jax.devices()[: 2 if "2" in sizes else 1])
+        trainer = Trainer(decoder, config, mesh)
+        state, metrics = trainer.step(start(trainer, params), batch, SCHEDULED)
+        assert state.skipped == 1
+        counts.append(jax.device_get(metrics["overflow"]))
+    jax.tree.map(np.testing.assert_array_equal, *counts)
+    moe = counts[1]["moe_layers"]["mlp"]
+    assert moe["shared_experts"]["gate_up_proj_overflow"][0, 0] == 8 * 32  # a tile of every token
+    assert counts[1]["mtp"]["layer"]["mlp"]["shared_experts"]["down_proj_overflow"][0] > 0
