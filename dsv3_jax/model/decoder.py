@@ -163,7 +163,8 @@ class Decoder:
         def run(mtp_params, hidden_BSD, embedding_BSD):
             return module.bind(self.modules["mtp"], mtp_params)(hidden_BSD, embedding_BSD, where)
 
-        return self.rematerialised(run)(params["mtp"], self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS))
+        run = self.rematerialised(run, prevent_cse=True)
+        return run(params["mtp"], self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS))
 
     def mtp_input(self, params: dict, hidden_BSD: jax.Array) -> jax.Array:
         """The hidden state as the MTP module takes it (config.mtp_hidden)."""
