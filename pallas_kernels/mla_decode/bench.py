@@ -26,10 +26,11 @@ COLUMNS = ("batch", "new", "heads", "length", "cache", "us", "before", "TFLOP/s"
 
 
 def lengths(shape: Shape):
+    """Of the sequences; ragged ones are drawn as FlashMLA's benchmark draws them, and scaled to a mean of `shape.length`."""
     if not shape.ragged:
         return np.full(shape.batch, shape.length, np.int32)
-    drawn = np.random.default_rng(0).normal(shape.length, shape.length / 2, shape.batch)
-    return np.clip(drawn, shape.queries, 2 * shape.length).astype(np.int32)
+    drawn = np.clip(np.random.default_rng(0).normal(1, 0.5, shape.batch), 0, 2)
+    return np.maximum(np.round(drawn / drawn.mean() * shape.length), shape.queries).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
