@@ -94,7 +94,7 @@ def main():
     ops = tuning.OPS if "all" in arguments.ops else arguments.ops
     tasks = []
     for case, rows in sorted((case for op in ops for case in cases(op)), key=lambda case: -case[0].m * case[0].groups):
-        configs = tuning.candidates(case.op, case.m)
+        configs = tuning.candidates(case.op, case.m) + tuning.more_candidates(case.op, case.m)
         part = 4 if case.groups == 1 else len(configs)  # large operands in one process only
         tasks += [((case, rows), configs[i : i + part], num_sms) for i in range(0, len(configs), part)]
 

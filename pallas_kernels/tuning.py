@@ -91,6 +91,22 @@ def candidates(op: str, m: int) -> list[Config]:
     return [_deepest(config, op) for config in found]
 
 
+def more_candidates(op: str, m: int) -> list[Config]:
+    """What `tune` measures besides: kinds of choices that won somewhere, and of which `_estimate` knows too little."""
+    found = []
+    if op == "matmul" and m <= 64:
+        found = [Config(64, 32, 2), Config(64, 256, 2, "n"), *(Config(64, 64, 2, split_k=parts) for parts in (2, 4))]
+    elif op == "matmul" and m <= 128:
+        found = [Config(64, 64, 2), Config(128, 128, 2, "m"), *(Config(128, 64, 2, "m", split_k=parts) for parts in (2, 3, 4))]
+    elif op == "matmul":
+        found = [Config(128, 192, 2, "m", 2, "b"), Config(128, 160, 2, "m", 2, "a", "m", 8, slots=5)]
+    elif op == "masked_matmul":
+        found = [Config(256, 128, 2, "m", 2, "a", "m", 8, ordered=True)]
+    elif op == "grouped_bf16_wgrad":
+        found = [Config(128, 256, 2, "m", 2, "b", "m", 8, slots=1)]
+    return [_deepest(config, op) for config in found]
+
+
 def shared_memory(config: Config, op: str, dtype) -> int:
     """Bytes of shared memory that `config` takes for an op with output of that dtype."""
     operands = Plain() if "bf16" in op else Scaled("tiles" if "wgrad" in op else "blocks")

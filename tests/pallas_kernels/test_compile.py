@@ -128,9 +128,16 @@ def test_masked_row_tiles_share_no_weights():
 @pytest.mark.parametrize("op", tuning.OPS)
 @pytest.mark.parametrize("m", [1, 100, 4096])
 def test_candidates_fit_into_shared_memory(op, m):
-    for config in tuning.candidates(op, m):
+    for config in tuning.candidates(op, m) + tuning.more_candidates(op, m):
         for dtype in (jnp.bfloat16,) if op == "grouped_bf16" else (jnp.bfloat16, jnp.float32):
             assert tuning.shared_memory(config, op, dtype) <= SMEM_BYTES
+
+
+@pytest.mark.parametrize("file", sorted(tuning.DATA.glob("*.json")), ids=lambda file: file.stem)
+def test_tune_would_find_every_choice(file):
+    for entry in tuning.json.loads(file.read_text())["choices"]:
+        op, m = entry["op"], entry["m"]
+        assert tuning.Config(**entry["config"]) in tuning.candidates(op, m) + tuning.more_candidates(op, m), entry
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 500, 4096])
