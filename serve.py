@@ -16,6 +16,9 @@ from pathlib import Path
 from dsv3_jax.command_line import Parser
 from dsv3_jax.errors import UserError
 
+# Of a GPU's memory, for weights, cache and scratch; JAX takes 0.75. What is left is for CUDA graphs, cuBLAS and NCCL.
+_MEMORY = "0.92"
+
 
 def at_least(low: int):
     """A type of option."""
@@ -132,6 +135,8 @@ def make_engine(options: argparse.Namespace):
 
 def serve(argv: list[str]) -> int:
     options = parse(argv)
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name of the same
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", _MEMORY)
     if options.fake_devices is not None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.fake_devices}".strip()

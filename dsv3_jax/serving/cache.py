@@ -7,7 +7,6 @@ needed for something else, the longest unused first; with a host tier it then go
 
 import hashlib
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -169,10 +168,9 @@ def pages_within(num_bytes: int, config: ModelConfig, dtype: jnp.dtype, *, mtp: 
     return num_bytes // sum(math.prod(array.shape) * array.dtype.itemsize for array in page.values())
 
 
-def free_memory(devices: list) -> int:
-    """Bytes the cache may take on each of these devices: nine tenths of what the fullest has free; on a CPU a quarter of the free memory,
-    1 GiB at most."""
+def free_memory(devices: list) -> int | None:
+    """Bytes the cache may take on each of these devices: nine tenths of what the fullest has free. None of a CPU, which does not say."""
     stats = [device.memory_stats() for device in devices]
-    if all(s and "bytes_limit" in s for s in stats):
-        return min(int(0.9 * (s["bytes_limit"] - s["bytes_in_use"])) for s in stats)
-    return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, 2**30) // len(devices)
+    if not all(s and "bytes_limit" in s for s in stats):
+        return None
+    return min(int(0.9 * (s["bytes_limit"] - s["bytes_in_use"])) for s in stats)

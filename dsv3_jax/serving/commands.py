@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import jax
 import rich.console
 import rich.progress
 
@@ -23,6 +24,18 @@ _PROMPT_TOKENS = 256  # of an answer to --prompt, if --max-tokens does not say
 
 def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     """The exit status. The engine is made late: wrong options are refused before a model is loaded."""
+    try:
+        return _run(options, make_engine)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the memory of the device is full: spread the experts over more devices (--mesh expert=N), take FP8 weights, or lower "
+            "--cache-tokens, --prefill-tokens or --max-batch"
+        ) from error
+
+
+def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     if options.bench:
         from dsv3_jax.serving import bench
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.serving.balance import Balancer
-from dsv3_jax.serving.cache import HostTier, PagePool, free_memory, pages_within
+from dsv3_jax.serving.cache import PAGE_SIZE, HostTier, PagePool, free_memory, pages_within
 from dsv3_jax.serving.host import HostPages
 from dsv3_jax.serving.ranks import Ranks
 from dsv3_jax.serving.request import Completion, InvalidParameter, Output, Request, SamplingParams, TokenLogprob, derive_seed
@@ -25,6 +25,8 @@ from dsv3_jax.serving.sampler import Sampled
 from dsv3_jax.serving.scheduler import Scheduler, Work
 from dsv3_jax.serving.shaping import Grammars, Shaper, is_shaped
 from dsv3_jax.serving.text import TextStream
+
+_CPU_CACHE = 2**30  # bytes at most, where nobody says how many
 
 
 @dataclasses.dataclass
@@ -92,11 +94,14 @@ class Engine:
             self.balancer = Balancer(config, params, ranks, redundant=redundant_experts, interval=rebalance_steps)
         dtype = jnp.uint8 if fp8_cache else decoder.recipe.compute_dtype
         shapes = Shapes.of(max_batch=-(-max_batch // ranks.count), max_length=max_length, prefill_tokens=prefill_tokens)
+        free = free_memory(ranks.devices)
+        fitting = ranks.count * pages_within(_CPU_CACHE // ranks.count if free is None else free, config, dtype, mtp=speculate)
+        if fitting < ranks.count:
+            raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
         if num_pages is None:
-            fitting = pages_within(free_memory(ranks.devices), config, dtype, mtp=speculate)
-            num_pages = ranks.count * min(fitting, shapes.batches[-1] * shapes.tables[-1])
-            if num_pages < ranks.count:
-                raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
+            num_pages = min(fitting, ranks.count * shapes.batches[-1] * shapes.tables[-1])
+        elif free is not None and num_pages > fitting:
+            raise UserError(f"no memory for a cache of {num_pages * PAGE_SIZE} tokens: {fitting * PAGE_SIZE} fit beside the weights")
         num_pages -= num_pages % ranks.count
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.runner = Runner(
@@ -178,7 +183,7 @@ class Engine:
             self.pool.transfers = []
         self._running = (work, self.runner.run(work, self._bias(work))) if work else None
         if work and self.balancer and self.balancer.after_step(self.runner.load_LE):
-            self.runner.params = self.runner.params
+            self.runner.read_params()
         return self._collect(*before) if before else []
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:

@@ -59,6 +59,11 @@ class Shapes(NamedTuple):
     def decode_batches(self) -> tuple[int, ...]:
         return tuple(batch for batch in self.batches if batch >= _DECODE_ROWS)
 
+    def prefill_batches(self, width: int) -> tuple[int, ...]:
+        """Of rows so wide: up to as many as a step has tokens for, as what is rounded up is computed."""
+        most = min(max(self.prefill_tokens // width, 1), self.batches[-1])
+        return (*(batch for batch in self.batches if batch < most), most)
+
 
 def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes up to the first that is at least `largest`, which stands for itself if none is."""
@@ -104,6 +109,7 @@ class Runner:
         self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: bool, ranks: Ranks = ONE_DEVICE
     ):
         self.decoder, self.params, self.shapes, self.speculate, self.ranks = decoder, params, shapes, speculate, ranks
+        self.read_params()
         self._pages_per_rank = num_pages // ranks.count
         arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
         self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
@@ -134,10 +140,9 @@ class Runner:
     def compile(self) -> Iterator[tuple[int, int]]:
         """Compiles every shape and runs it once, on empty rows; yields (done, of how many): nothing is left to compile for greedy
         requests. The first request that draws, filters or wants log-probabilities adds a small program, `pick`."""
-        batches, widths, _, prefill_tokens = self.shapes
-        rows = {w: round_up(min(max(prefill_tokens // w, 1), batches[-1]), batches) for w in widths}
-        prefills = [(b, w, chunk) for w in widths for b in batches if b <= rows[w] for chunk in ("first", "later")]
-        yield from self.compile_shapes(prefills + [(b, self.decode_width, None) for b in self.shapes.decode_batches])
+        shapes = self.shapes
+        prefills = [(b, w, chunk) for w in shapes.widths for b in shapes.prefill_batches(w) for chunk in ("first", "later")]
+        yield from self.compile_shapes(prefills + [(b, self.decode_width, None) for b in shapes.decode_batches])
 
     def compile_shapes(self, shapes: list[tuple[int, int, str | None]]) -> Iterator[tuple[int, int]]:
         """`compile` of those (rows of a rank, width, chunk). Programs of all layers are compiled side by side: the call that follows
@@ -157,14 +162,9 @@ class Runner:
         overwritten = () if chunk else self._overwritten(inputs)
         return _forward.lower(*self._operands(), self._put(inputs), self.load_LE, overwritten, form=inputs.form, chunk=chunk)
 
-    @property
-    def params(self) -> dict:
-        """Set them where their arrays have changed place: a step takes the leaves as they were then, as flattening costs time."""
-        return self._params
-
-    @params.setter
-    def params(self, params: dict) -> None:
-        self._params, (self._leaves, self._structure) = params, jax.tree.flatten(params)
+    def read_params(self) -> None:
+        """Call it where arrays of `params` were exchanged for others: a step takes the leaves as they were then; flattening costs time."""
+        self._leaves, self._structure = jax.tree.flatten(self.params)
 
     @property
     def decode_width(self) -> int:
@@ -191,9 +191,9 @@ class Runner:
         for request in work.requests:
             places.append((request.rank, used[request.rank]))
             used[request.rank] += 1
-        size = round_up(max(used), self.shapes.batches if work.prefill else self.shapes.decode_batches)
-        rows = [rank * size + place for rank, place in places]
         width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
+        size = round_up(max(used), self.shapes.prefill_batches(width) if work.prefill else self.shapes.decode_batches)
+        rows = [rank * size + place for rank, place in places]
         inputs = _Inputs.empty(size * self.ranks.count, width, table, prefill=work.prefill)
         params = [request.params for request in work.requests]
         inputs.fields.limits[rows] = [request.max_tokens for request in work.requests]

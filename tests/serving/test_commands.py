@@ -3,6 +3,7 @@
 import io
 import os
 
+import jax
 import pytest
 
 import serve
@@ -46,6 +47,16 @@ def test_the_benchmark_reports(plain, capsys, options):
     out = capsys.readouterr().out
     for words in ("generated tokens", "time to first token p50 / p99", "16 of 16"):
         assert words in out, out
+
+
+def test_full_memory_is_one_line(plain, capsys, monkeypatch):
+    def full(options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7.00GiB.\nmore lines")
+
+    monkeypatch.setattr(serve, "make_engine", full)
+    assert serve.main([str(plain.path), "--prompt", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the memory of the device is full: ") and "--mesh expert=N" in line
 
 
 def test_help_is_quick_and_whole(capsys):

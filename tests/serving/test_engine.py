@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving import Engine, Request, SamplingParams, generate
+from dsv3_jax.serving.runner import Shapes
 
 GREEDY = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
 # Engines whose steps look different and whose tokens must not: one after the other; together; prefill in chunks of 5 tokens.
@@ -180,6 +181,19 @@ def test_what_cannot_run_is_refused_before_anything_runs(plain):
     with pytest.raises(UserError, match="FP8 cache needs kv_lora_rank=512"):
         make(plain, fp8_cache=True)
     assert not engine.has_work
+
+
+def test_a_prefill_step_has_no_more_rows_than_its_tokens_allow():
+    shapes = Shapes.of(max_batch=64, max_length=4096, prefill_tokens=1024)
+    assert {w: shapes.prefill_batches(w) for w in shapes.widths} == {64: (1, 8, 16), 256: (1, 4), 1024: (1,)}
+    assert shapes._replace(batches=(1, 8), prefill_tokens=4096).prefill_batches(64) == (1, 8)  # there are no more requests
+
+
+def test_a_cache_has_to_fit_into_the_memory(plain, monkeypatch):
+    for free, words in ((100_000, r"no memory for a cache of 1024 tokens: \d+ fit beside the weights"), (100, "no memory is left")):
+        monkeypatch.setattr("dsv3_jax.serving.engine.free_memory", lambda devices, free=free: free)
+        with pytest.raises(UserError, match=words):
+            make(plain)
 
 
 @pytest.mark.parametrize(

