@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.errors import UserError
@@ -37,9 +37,9 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats, Routing
 from dsv3_jax.parallel import buffers, exchange
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.parallel.profiles import measured_times, profile, trace
+from dsv3_jax.parallel.profiles import Event, busy, kernels_of, measured_times, pipelined, profile, scopes, trace
 from dsv3_jax.parallel.schedule import KINDS, build
-from dsv3_jax.parallel.schedule_table import make_table
+from dsv3_jax.parallel.schedule_table import Table, make_table
 from dsv3_jax.parallel.spread import Spread
 from dsv3_jax.precision import FP8_WEIGHTS, quantise
 from dsv3_jax.precision import recipe as named_recipe
@@ -116,9 +116,9 @@ class _Exchange:
         arguments = self.arguments()
         seconds(self.run, *arguments, calls=3)  # a GPU that has been idle is slow at first
         took = seconds(self.run, *arguments, calls=10) / self.LOOP
-        busy = profile(lambda: self.run(*arguments))
+        sent = sum(found.communication for found in profile(lambda: self.run(*arguments)).values())
         assert float(self.run(*arguments)[1]) <= 1  # the size was chosen for these rows
-        sends = f"; NCCL {sum(b.communication for b in busy.values()) * 1e3 / self.LOOP:.0f} us"
+        sends = f"; NCCL {sent * 1e3 / self.LOOP:.0f} us"
         plain = self.plain.seconds()
         print(
             f"| {self.precision} | {self.tokens} | {self.skew} | {self.imbalance:.2f} | {self.padding:.2f} | {took * 1e6:.0f}{sends} | "
@@ -183,7 +183,7 @@ def _choices(rng, config: ModelConfig, tokens: int, skew: float) -> np.ndarray:
 
 def step(options) -> Callable[[], None]:
     """The training step of a recipe."""
-    from dsv3_jax.training.pipeline import check_mesh
+    from dsv3_jax.training.pipeline import check_mesh, schedule
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
@@ -216,6 +216,7 @@ def step(options) -> Callable[[], None]:
     start = time.perf_counter()
     init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
     profiled_rows = options.profile_rows or options.rows
+    table = make_table(schedule(config, mesh.shape, profiled_rows)) if mesh.shape["pipe"] > 1 else None
     few = config.microbatch_size * (2 * mesh.shape["pipe"] if mesh.shape["pipe"] > 1 else 1)  # as few as any schedule takes
     programs = {(size, options.rows), (size, profiled_rows)}
     if options.settle:
@@ -254,15 +255,29 @@ def step(options) -> Callable[[], None]:
             flush=True,
         )
         print("losses", " ".join(f"{float(loss):.4f}" for loss in losses), flush=True)
-        busy = profile(lambda: profiled(state, place(-1, profiled_rows), scheduled))
-        for found in busy.values():
-            print(
-                f"one step: busy {found.all:.1f} ms, communication {found.communication:.1f} ms, exposed {found.exposed:.1f} ms", flush=True
-            )
+        devices = trace(lambda: profiled(state, place(-1, profiled_rows), scheduled))
+        show_step([events for events in devices if events], profiled, mesh, table)
         if stats := jax.local_devices()[0].memory_stats():  # a CPU has none
             print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB", flush=True)
 
     return measure
+
+
+def show_step(devices: list[list[Event]], compiled: jax.stages.Compiled, mesh: Mesh, table: Table | None) -> None:
+    """Prints what a profile of a step shows. table: of its pipeline."""
+    if not devices:  # no GPU
+        return
+    [found] = busy([kernels_of(events, lambda op: "") for events in devices]).values()
+    print(f"one step: busy {found.all:.1f} ms, communication {found.communication:.1f} ms, exposed {found.exposed:.1f} ms", flush=True)
+    if not table:
+        return
+    ranks = [int(np.argwhere(mesh.devices == device)[0][list(mesh.axis_names).index("pipe")]) for device in jax.devices()[: mesh.size]]
+    ticks = pipelined(devices, ranks, scopes(compiled.as_text()), table)
+    costs = ", ".join(f"{name} {ms:.2f}" for name, ms in ticks.costs.items())
+    rows = {"measured": (ticks.took, ticks.bubble), "simulated": ticks.free, "simulated in lockstep": ticks.lockstep}
+    print(f"ticks, ms; the output loss's {ticks.loss:.1f} apart; actions: {costs}", flush=True)
+    for name, (took, bubble) in rows.items():
+        print(f"  {name}: {took:.1f}, bubble of each rank {' '.join(f'{ms:.1f}' for ms in bubble)}", flush=True)
 
 
 def check_room(fills: list, size: float, which: str) -> None:
@@ -337,12 +352,12 @@ def overlap(options) -> Callable[[], None]:
             show(again, params, tokens)
 
     def show(compiled, params, tokens):
-        scopes = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", compiled.as_text()))
+        named = scopes(compiled.as_text())
 
         def group_of(op: str) -> str | None:
-            if op not in scopes:  # the text of an asynchronous collective does not show the name that it runs under
+            if op not in named:  # the text of an asynchronous collective does not show the name that it runs under
                 return None
-            found = branch.search(scopes[op])
+            found = branch.search(named[op])
             return table.actions[int(found[1])] if found else "outside"
 
         took = seconds(lambda: compiled(params, tokens)[0], calls=2)
@@ -350,12 +365,12 @@ def overlap(options) -> Callable[[], None]:
         if fill > 1:
             raise UserError(f"the buffers of {size:.2f} were too small: give --size {size * fill * buffers.HEADROOM:.2f}")
         print(f"{options.precision}, {options.num_sms or 'all'} SMs: {took * 1e3:.1f} ms; fill {fill:.2f}", flush=True)
-        for name, busy in profile(lambda: compiled(params, tokens), group_of).items():
+        for name, found in profile(lambda: compiled(params, tokens), group_of).items():
             ticks = int((table.action == table.actions.index(name)).sum()) if name in table.actions else 1
-            hidden = f", {1 - busy.exposed / busy.communication:.0%} hidden" if busy.communication else ""
+            hidden = f", {1 - found.exposed / found.communication:.0%} hidden" if found.communication else ""
             print(
-                f"{name}: {ticks} ticks, each {busy.all / ticks:.2f} ms; communication {busy.communication / ticks:.2f} ms, "
-                f"exposed {busy.exposed / ticks:.2f} ms{hidden}",
+                f"{name}: {ticks} ticks, each {found.all / ticks:.2f} ms; communication {found.communication / ticks:.2f} ms, "
+                f"exposed {found.exposed / ticks:.2f} ms{hidden}",
                 flush=True,
             )
 

@@ -1,4 +1,5 @@
-"""What a call keeps the GPUs busy with: JAX's profile of it, as communication that computation hides or does not.
+"""What a call keeps the GPUs busy with: JAX's profile of it, as communication that computation hides or does not, and as the ticks of a
+pipeline.
 
 Communication is what NCCL's kernels take; it is exposed while no other kernel runs on the device.
 """
@@ -6,12 +7,15 @@ Communication is what NCCL's kernels take; it is exposed while no other kernel r
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from dsv3_jax.parallel.schedule import simulate
+from dsv3_jax.parallel.schedule_table import Table
 
 
 class Busy(NamedTuple):
@@ -54,11 +58,103 @@ def trace(run: Callable[[], object]) -> list[list[Event]]:
         with jax.profiler.trace(directory, profiler_options=options):
             jax.block_until_ready(run())
         (file,) = Path(directory).glob("**/*.xplane.pb")
-        found = []
+        found = {}
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            if plane.name.startswith("/device:GPU"):
-                found.append(sorted(of(event) for line in plane.lines if line.name.startswith("Stream") for event in line.events))
+            if plane.name.startswith("/device:GPU:"):
+                events = sorted(of(event) for line in plane.lines if line.name.startswith("Stream") for event in line.events)
+                found[int(re.match(r"/device:GPU:(\d+)", plane.name)[1])] = events
+    return [found[device] for device in sorted(found)]
+
+
+def scopes(text: str) -> dict[str, str]:
+    """Of the operations of a compiled program, by their names, the scopes in which they were made."""
+    found = {}
+    for line in text.splitlines():  # those with a kernel are hundreds of kilobytes long: no regular expression
+        name, _, operation = line.partition(" = ")
+        if 'op_name="' in operation:
+            found[name.strip().removeprefix("ROOT ").removeprefix("%")] = operation.rpartition('op_name="')[2].partition('"')[0]
     return found
+
+
+class Span(NamedTuple):
+    """Time, in nanoseconds, that a pipeline's rank is at something. kind: index of an action of its table, or LOSS."""
+
+    kind: int
+    start: float
+    end: float
+
+
+LOSS = -1
+_TICK = re.compile(r"/while/body/\w+/(?:(action)/cond/branch_(\d+)_fun|(output_loss)/cond/branch_1_fun)?")  # scopes of rank.py
+
+
+def spans(events: list[Event], scopes: Mapping[str, str]) -> tuple[list[Span], tuple[float, float]]:
+    """What a device does in the ticks of a pipeline, in order, and when the first begins and the last ends. scopes: of operations, by
+    name. Events of operations without one belong to what was begun before them."""
+    found: list[Span] = []
+    kind, begin, end = None, math.inf, -math.inf
+    for event in events:
+        if event.op in scopes:
+            tick, before = _TICK.search(scopes[event.op]), kind
+            kind = None if not tick else int(tick[2]) if tick[1] else LOSS if tick[3] else None
+            if tick:
+                begin, end = min(begin, event.start), max(end, event.end)
+            if kind is not None and kind != before:
+                found.append(Span(kind, event.start, event.end))
+        if kind is not None:
+            found[-1] = found[-1]._replace(end=max(found[-1].end, event.end))
+    return found, (begin, end)
+
+
+class Pipelined(NamedTuple):
+    """The ticks of a step, in milliseconds, without the output loss, for which all ranks work together.
+
+    costs: of actions by their letters, the mean; took: of all ticks; bubble: of that what a rank is not at an action, for each rank.
+    free: (took, bubble) as simulated with those costs; lockstep: the same in ticks, each as long as its longest action, by the mean of
+    that action on that rank. loss: all of it.
+    """
+
+    costs: dict[str, float]
+    took: float
+    bubble: tuple[float, ...]
+    free: tuple[float, tuple[float, ...]]
+    lockstep: tuple[float, tuple[float, ...]]
+    loss: float
+
+
+def pipelined(devices: list[list[Event]], ranks: list[int], scopes: Mapping[str, str], table: Table) -> Pipelined:
+    """ranks: of the devices. Raises ValueError where a device did not do what the table says."""
+    letters = ["".join(re.findall("[FBIW]", name)) for name in table.actions]
+    of_devices = [spans(events, scopes) for events in devices]
+    # From the first to the last of any device: their clocks are one.
+    ticks = max(end for _, (_, end) in of_devices) - min(begin for _, (begin, _) in of_devices)
+    costs: dict[tuple[int, int], list[float]] = {}
+    of_loss, acting = [], {rank: [] for rank in ranks}
+    for rank, (found, _) in zip(ranks, of_devices, strict=True):
+        acted = [span for span in found if span.kind != LOSS and letters[span.kind]]
+        expected = [kind for kind in table.action[:, rank] if letters[kind]]
+        if [span.kind for span in acted] != expected:
+            raise ValueError(f"rank {rank} ran {len(acted)} actions where its schedule has {len(expected)}, or others")
+        for span in acted:
+            costs.setdefault((span.kind, rank), []).append((span.end - span.start) / 1e6)
+        of_loss.append(sum(span.end - span.start for span in found if span.kind == LOSS))
+        acting[rank].append(sum(span.end - span.start for span in acted))
+    mean = {
+        name: float(np.mean([ms for (kind, _), of in costs.items() if letters[kind] == name for ms in of])) for name in set(letters) - {""}
+    }
+    loss = float(np.mean(of_loss)) / 1e6
+    took = ticks / 1e6 - loss
+    free = simulate(table.schedule, {"I": math.nan, "W": math.nan} | mean)
+    of_ticks = np.array([[np.mean(costs.get((kind, rank), 0.0)) for rank, kind in enumerate(row)] for row in table.action])
+    lockstep = of_ticks.max(axis=1).sum()
+    return Pipelined(
+        mean,
+        took,
+        tuple(took - float(np.mean(acting[rank])) / 1e6 for rank in sorted(acting)),
+        (free.makespan, free.bubble),
+        (float(lockstep), tuple(lockstep - of_ticks.sum(axis=0))),
+        loss,
+    )
 
 
 def measured_times(events: list[Event], text: str, slower: float) -> str:
