@@ -7,6 +7,7 @@ Communication is what NCCL's kernels take; it is exposed while no other kernel r
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -90,20 +91,22 @@ _TICK = re.compile(r"/while/body/\w+/(?:(action)/cond/branch_(\d+)_fun|(output_l
 
 def spans(events: list[Event], scopes: Mapping[str, str]) -> tuple[list[Span], tuple[float, float]]:
     """What a device does in the ticks of a pipeline, in order, and when the first begins and the last ends. scopes: of operations, by
-    name. Events of operations without one belong to what was begun before them."""
-    found: list[Span] = []
-    kind, begin, end = None, math.inf, -math.inf
+    name. Events of operations of another scope, or of none, belong to what was begun before them."""
+    found: list[tuple[Counter, float, float]] = []
+    inside, begin, end = None, math.inf, -math.inf
     for event in events:
-        if event.op in scopes:
-            tick, before = _TICK.search(scopes[event.op]), kind
-            kind = None if not tick else int(tick[2]) if tick[1] else LOSS if tick[3] else None
-            if tick:
-                begin, end = min(begin, event.start), max(end, event.end)
-            if kind is not None and kind != before:
-                found.append(Span(kind, event.start, event.end))
-        if kind is not None:
-            found[-1] = found[-1]._replace(end=max(found[-1].end, event.end))
-    return found, (begin, end)
+        if tick := _TICK.search(scopes.get(event.op, "")):
+            begin, end = min(begin, event.start), max(end, event.end)
+            before, inside = inside, tick[1] or tick[3]
+            if inside and inside != before:
+                found.append((Counter(), event.start, event.end))
+            if inside:
+                found[-1][0][int(tick[2]) if tick[1] else LOSS] += 1
+        if inside:
+            kinds, since, until = found[-1]
+            found[-1] = kinds, since, max(until, event.end)
+    # Of operations that several actions have in common some bear another's name.
+    return [Span(kinds.most_common(1)[0][0], since, until) for kinds, since, until in found], (begin, end)
 
 
 class Pipelined(NamedTuple):
@@ -146,13 +149,13 @@ def pipelined(devices: list[list[Event]], ranks: list[int], scopes: Mapping[str,
     took = ticks / 1e6 - loss
     free = simulate(table.schedule, {"I": math.nan, "W": math.nan} | mean)
     of_ticks = np.array([[np.mean(costs.get((kind, rank), 0.0)) for rank, kind in enumerate(row)] for row in table.action])
-    lockstep = of_ticks.max(axis=1).sum()
+    lockstep = float(of_ticks.max(axis=1).sum())
     return Pipelined(
         mean,
         took,
         tuple(took - float(np.mean(acting[rank])) / 1e6 for rank in sorted(acting)),
         (free.makespan, free.bubble),
-        (float(lockstep), tuple(lockstep - of_ticks.sum(axis=0))),
+        (lockstep, tuple((lockstep - of_ticks.sum(axis=0)).tolist())),
         loss,
     )
 
@@ -173,8 +176,12 @@ def measured_times(events: list[Event], text: str, slower: float) -> str:
         us = sum(event.end - event.start for event in kernels) / 1e3 / executions
         lines.append(f'costs {{ name: "{op}" cost_us: {us:.1f} }}')
     sends = [(event.end - event.start) / 1e3 for event in events if event.sends and event.end - event.start > 1e6]
-    starts = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)) all-to-all-start\(", text))
-    ends = {start: end for end, start in re.findall(r"%?([\w.-]+) = .*? all-to-all-done\(.*?%?([\w.-]+)\)", text)}
+    starts, ends = {}, {}
+    for line in text.splitlines():  # those with a kernel are hundreds of kilobytes long: a regular expression for others alone
+        if "all-to-all-start(" in line[:2000] and (found := re.search(r"%?([\w.-]+) = (\(.*?\)) all-to-all-start\(", line)):
+            starts[found[1]] = found[2]
+        elif "all-to-all-done(" in line[:2000] and (found := re.search(r"%?([\w.-]+) = .*? all-to-all-done\(.*?%?([\w.-]+)\)", line)):
+            ends[found[2]] = found[1]
     entries = {
         start: max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", shape)) for start, shape in starts.items()
     }
