@@ -54,7 +54,7 @@ def errors(runs: dict) -> dict[str, tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("precision, to_one, to_float32", [("bf16", 0.005, 0.06), ("fp8", 0.01, 0.12)])
+@pytest.mark.parametrize("precision, to_one, to_float32", [("bf16", 0.005, 0.08), ("fp8", 0.01, 0.12)])
 def test_experts_over_two_gpus_are_those_of_one(precision, to_one, to_float32):
     """A token's experts are summed on each GPU, then over them: one rounding more. Against float32 some tokens, rounded, go elsewhere."""
     found = errors(compiled(precision))
