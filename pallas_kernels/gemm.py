@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.quantized import BLOCK
 
@@ -29,6 +31,10 @@ ROWS = 8  # TMA fills SMEM in the 8-row tiles that WGMMA reads, so a row tile be
 WAVE = 64  # rows of one WGMMA
 SMEM_BYTES = 232448  # of one SM
 REDUCTION_SCRATCH = 512
+REGISTERS = {
+    2: (224, 56),
+    3: (152, 56),
+}  # of a thread that multiplies and of one that loads, by warpgroups that multiply: nothing is spilled
 TMA_ALIGNMENT = 128  # bytes, of a copy's beginning in SMEM; in global memory it is 16
 
 
@@ -84,11 +90,6 @@ class Config:
         """Columns that certainly share one scale of `b`, if its blocks are 128 wide; the whole width where that would be too narrow."""
         common = math.gcd(self.wave_cols, BLOCK)
         return common if common >= 32 or common == self.wave_cols else self.wave_cols
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Registers of a thread that multiplies and of one that loads, where two warpgroups multiply: what ptxas does not spill with."""
-        return (152, 56) if self.warpgroups == 3 else (224, 56)
 
     @property
     def blocks_n(self) -> int:
@@ -241,13 +242,13 @@ def _body(config, problem, operands, num_arrays, known, interpreted, *refs):
     @pl.when(warpgroup == config.warpgroups)
     def _():
         if config.warpgroups > 1:
-            plgpu.set_max_registers(config.registers[1], action="decrease")
+            plgpu.set_max_registers(operands.registers[config.warpgroups][1], action="decrease")
         _load(config, problem, operands, tiles, arrays, smem)
 
     @pl.when(warpgroup < config.warpgroups)
     def _():
         if config.warpgroups > 1:
-            plgpu.set_max_registers(config.registers[0], action="increase")
+            plgpu.set_max_registers(operands.registers[config.warpgroups][0], action="increase")
         _multiply(config, problem, operands, tiles, out, smem, warpgroup, interpreted)
 
 
@@ -322,6 +323,19 @@ def _warpgroup_barrier(interpreted):
         plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
 
 
+def use_zero(interpreted):
+    """To be called after a product whose accumulator begins at zero. Without a later use LLVM makes the register with that zero one of the
+    accumulator's own; then ptxas no longer sees that all of them begin at zero and writes 64 registers before each product."""
+    if interpreted:
+        return
+
+    @plgpu.inline_mgpu()
+    def use(_):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [utils.c(0.0, ir.F32Type.get())], "", "f", has_side_effects=True)
+
+    use()
+
+
 def _multiply(config, problem, operands, tiles, out, smem, warpgroup, interpreted):
     """Empties the ring: a warpgroup that multiplies and stores."""
     row0 = warpgroup * config.wave_rows if config.split == "m" else 0
@@ -331,7 +345,7 @@ def _multiply(config, problem, operands, tiles, out, smem, warpgroup, interprete
         unit, n = tile
 
         def multiply(slot):
-            slot, sums = operands.accumulate(config, unit, n, slot, smem, warpgroup, row0, col0)
+            slot, sums = operands.accumulate(config, unit, n, slot, smem, warpgroup, row0, col0, interpreted)
             for wave, of_wave in enumerate(sums):
                 _store(config, problem, unit, row0, wave, n * config.tile_n + col0, of_wave, out, smem, warpgroup)
             return slot

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gemm import ROWS, WAVE, swizzled
+from pallas_kernels.gemm import REGISTERS, ROWS, WAVE, swizzled
 
 DEPTH = 64  # of K in a stage: rows of 128 bytes
 
@@ -23,6 +23,7 @@ class Plain:
 
     k_first: tuple[str, ...] = ()
     masked: bool = False
+    registers = REGISTERS
 
     def ring(self, config):
         def tiles(name, rows):
@@ -43,7 +44,7 @@ class Plain:
             row = pl.multiple_of(row, config.tile_m)
         return {"a": source("a", a, pl.ds(row, config.tile_m)), "b": source("b", b, pl.ds(n * config.tile_n, config.tile_n))}
 
-    def accumulate(self, config, unit, n, slot, smem, warpgroup, row0, col0):
+    def accumulate(self, config, unit, n, slot, smem, warpgroup, row0, col0, interpreted):
         """One warpgroup's part of a tile: (the next slot, float32 pieces [64, piece] side by side for each 64 rows)."""
         full, empty = smem["full"], smem["empty"]
         parts = {"a": pl.ds(row0, config.wave_rows), "b": pl.ds(col0, config.wave_cols)}

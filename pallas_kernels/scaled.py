@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gemm import ROWS, TMA_ALIGNMENT, WAVE, swizzled
+from pallas_kernels.gemm import REGISTERS, ROWS, TMA_ALIGNMENT, WAVE, swizzled, use_zero
 from pallas_kernels.quantized import BLOCK, E4M3
 
 LINE = TMA_ALIGNMENT // 4  # float32 values
@@ -22,6 +22,10 @@ class Scaled:
     """a: tiles [.., rows, K]; b: tiles or blocks [.., cols, K], which b_kind says. A unit begins at its `block` of 128 along K."""
 
     b_kind: str
+
+    @property
+    def registers(self):
+        return REGISTERS | {2: (240, 24)} if self.b_kind == "tiles" else REGISTERS
 
     @staticmethod
     def arrays(a, b):
@@ -52,7 +56,7 @@ class Scaled:
             b_scales = sb.at[*b_at, pl.ds(lax.div(n * config.tile_n, BLOCK), config.blocks_n), pl.ds(block - lax.rem(block, 4), LINE)]
         return {"a": a.at[*a_at, a_rows, k], "b": b.at[*b_at, b_rows, k], "sa": sa.at[*a_at, block, a_rows], "sb": b_scales}
 
-    def accumulate(self, config, unit, n, slot, smem, warpgroup, row0, col0):
+    def accumulate(self, config, unit, n, slot, smem, warpgroup, row0, col0, interpreted):
         """One warpgroup's part of a tile: (the next slot, float32 pieces [64, piece] side by side for each 64 rows)."""
         waves, cols, piece = config.wave_rows // WAVE, config.wave_cols, config.piece
         by_column = self.b_kind == "tiles" or (piece == cols and BLOCK % piece != 0)  # one scale for each column, else one for each piece
@@ -78,6 +82,8 @@ class Scaled:
             scales = read_scales(slot, unit.block + i)
             factors = (None,) * (cols // piece) if by_column else scales
             promoted = []
+            # Two waves have the same columns: their scales are loaded once. For one there are no registers until its product is done.
+            early = column_scales(scales, slot) if self.b_kind == "tiles" and waves > 1 else None
             for wave in range(waves):
                 rows = pl.ds(row0 + wave * WAVE, WAVE)
                 row_scales = plgpu.load(smem["sa"].at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
@@ -92,10 +98,11 @@ class Scaled:
                     return acc[...]
 
                 partial = pl.run_scoped(product, plgpu.ACC((WAVE, cols), jnp.float32))
+                use_zero(interpreted)
                 if by_column:
-                    partial *= lax.broadcast_in_dim(column_scales(scales, slot), (WAVE, cols), [1])
+                    partial *= lax.broadcast_in_dim(column_scales(scales, slot) if early is None else early, (WAVE, cols), [1])
                 if wave == waves - 1:
-                    if self.b_kind == "tiles" and config.cluster > 1:
+                    if self.b_kind == "tiles" and early is None and config.cluster > 1:
                         plgpu.commit_smem()  # one thread gives a cluster's stage back for its warpgroup: all must have read their scales
                     plgpu.barrier_arrive(smem["empty"].at[slot])
                 for p, factor in enumerate(factors):
