@@ -1,6 +1,7 @@
 """The engine against the tokens of other software, and against whole forward passes where those end."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving import Engine, Request, SamplingParams, generate
+from dsv3_jax.serving.cache import memory_for_cache
 from dsv3_jax.serving.runner import Shapes
 
 GREEDY = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
@@ -191,9 +193,11 @@ def test_a_prefill_step_has_no_more_rows_than_its_tokens_allow():
 
 def test_a_cache_has_to_fit_into_the_memory(plain, monkeypatch):
     for free, words in ((100_000, r"no memory for a cache of 1024 tokens: \d+ fit beside the weights"), (100, "no memory is left")):
-        monkeypatch.setattr("dsv3_jax.serving.engine.free_memory", lambda devices, free=free: free)
+        monkeypatch.setattr("dsv3_jax.serving.engine.memory_for_cache", lambda devices, scratch, free=free: free)
         with pytest.raises(UserError, match=words):
             make(plain)
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 400})
+    assert [memory_for_cache([device], scratch) for scratch in (0, 200, 700)] == [540, 400, 0]
 
 
 @pytest.mark.parametrize(
