@@ -19,7 +19,7 @@ def quantize_tiles(x, *, pow2=False, floor=AMAX_FLOOR) -> Quantized:
     *lead, rows, k = x.shape
     padded = pad_to(x.astype(jnp.float32), (*lead, rows, num_blocks(k) * BLOCK))
     groups = padded.reshape(*lead, rows, num_blocks(k), BLOCK)
-    scales = tile_scales(jnp.max(jnp.abs(groups), axis=-1), pow2=pow2, floor=floor)
+    scales = tile_scales(_largest(groups), pow2=pow2, floor=floor)
     values = exact_divide(groups, jnp.broadcast_to(scales[..., None], groups.shape)).astype(E4M3).reshape(padded.shape)[..., :k]
     return Quantized.tiles(values, scales)
 
@@ -105,6 +105,12 @@ def _grouped_transpose(x, group_sizes):
     source = (jnp.cumsum(sizes) - sizes)[group] + offset
     rows = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
     return jnp.where((offset < sizes[group])[:, None], rows, 0).T
+
+
+def _largest(x):
+    """The largest magnitude along the last axis, float32, by the order of bits, in which a NaN is above all: on a CPU XLA's maximum of
+    floating-point numbers loses it."""
+    return lax.bitcast_convert_type(jnp.max(lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=-1), jnp.float32)
 
 
 def tile_scales(amax, *, pow2, floor, divide=None):
