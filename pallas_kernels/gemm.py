@@ -135,8 +135,11 @@ class Table(NamedTuple):
         columns = [field.astype(jnp.int32) for field in units if not isinstance(field, int)]
         # Selected, not stacked: XLA's kernel for many narrow pieces takes ten times as long.
         index = jnp.arange(len(columns), dtype=jnp.int32)
-        rows = sum(jnp.where(index == i, jnp.pad(column, (1, 0))[:, None], 0) for i, column in enumerate(columns))
-        head = (jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] == 0) & (index == 0)
+        # Not `== 0`: zeros of this shape are wanted elsewhere, too, and XLA would make one kernel of all tables that read the same ones.
+        first = index < 1
+        of = lambda i: index == i if i else first  # noqa: E731
+        rows = sum(jnp.where(of(i), jnp.pad(column, (1, 0))[:, None], 0) for i, column in enumerate(columns))
+        head = (jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None] == 0) & first
         rows = jnp.where(head, count.astype(jnp.int32), rows)
         return cls(rows, Unit(*(field if isinstance(field, int) else None for field in units)))
 

@@ -110,7 +110,6 @@ def test_products_run_while_tokens_travel(computations, action):
     assert not [line for line in body if re.search(r" all-to-all\(", line)]  # one that does not run beside others
 
 
-@pytest.mark.xfail(strict=True, reason="XLA makes one kernel of both microbatches' tile tables of grouped products, of one shape here")
 @pytest.mark.parametrize("action", ["F0B1", "F1B0"])
 def test_forward_and_backward_do_not_wait_for_each_other(computations, action):
     """A product depends on all-to-alls of its own microbatch only: kernels that XLA makes of both would tie them together."""
