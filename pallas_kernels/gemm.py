@@ -31,10 +31,7 @@ ROWS = 8  # TMA fills SMEM in the 8-row tiles that WGMMA reads, so a row tile be
 WAVE = 64  # rows of one WGMMA
 SMEM_BYTES = 232448  # of one SM
 REDUCTION_SCRATCH = 512
-REGISTERS = {
-    2: (224, 56),
-    3: (152, 56),
-}  # of a thread that multiplies and of one that loads, by warpgroups that multiply: nothing is spilled
+REGISTERS = {2: (224, 56), 3: (152, 56)}  # of a thread that multiplies, and that loads, by warpgroups that multiply: none are spilled
 TMA_ALIGNMENT = 128  # bytes, of a copy's beginning in SMEM; in global memory it is 16
 
 
