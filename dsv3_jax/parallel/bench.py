@@ -8,7 +8,8 @@
 `step` trains on the standard library's sources; losses of different meshes are comparable. Over `expert` a step whose tokens find no
 room in the buffers is void, and no speed is printed where one was. At its learning rate the router of a fresh model sends nearly all to
 one device within five steps, which first buffers may not hold; `--learning-rate 0` leaves it as it is drawn, and
-`--learning-rate 0 --settle 45 --size 1.26` measures what comes once the bias has balanced it, as it is in most of a run. `overlap`
+`--learning-rate 0 --settle 45 --size 1.41` measures what comes once the bias has balanced it, as it is in most of a run. Over `pipe` it
+also prints how long the ticks took, beside what `schedule.simulate` makes of the same actions' times. `overlap`
 runs the pipeline's executor on one rank, whose steady state is fused forwards and backwards (communication, exposed: profiles.py). With
 NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
 """
