@@ -169,10 +169,10 @@ def pages_within(num_bytes: int, config: ModelConfig, dtype: jnp.dtype, *, mtp: 
 
 
 def memory_for_cache(devices: list, scratch: int) -> int | None:
-    """Bytes the cache may take on each of these devices: what the fullest has free, without a tenth, or `scratch` bytes if those are more.
-    None of a CPU, which does not say."""
+    """Bytes the cache may take on each of these devices: nine tenths of what the fullest has free, and `scratch` bytes less. None of a CPU,
+    which does not say."""
     stats = [device.memory_stats() for device in devices]
     if not all(s and "bytes_limit" in s for s in stats):
         return None
     free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
-    return max(free - max(free // 10, scratch), 0)
+    return max(free - free // 10 - scratch, 0)
