@@ -17,6 +17,14 @@ from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.wgrad import shapes as wgrad_shapes
 
 BF16 = jnp.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def choices_of_an_h200(monkeypatch):
+    """What is compiled for an H200 has the tile choices measured on one."""
+    monkeypatch.setattr(tuning, "device_kind", lambda: "NVIDIA H200")
+
+
 needs_compiler = pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
 
 
