@@ -1,4 +1,8 @@
-"""The FP8 recipe with the Hopper kernels on the device, against the same recipe in plain JAX on the same device."""
+"""The FP8 recipe with the Hopper kernels on the device, beside the same recipe in plain JAX on the same device.
+
+They are not equal: a sum that is rounded the other way moves a code of e4m3 a whole step, and what follows it. So both are compared with
+float32: the kernels must be as near to it as the reference is.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.precision import BF16, FP8, FP8_REFERENCE, attach, overflow_counters, quantize_params
+from dsv3_jax.precision import FLOAT32, FP8, FP8_REFERENCE, attach, overflow_counters, quantize_params
 from dsv3_jax.training.loss import loss_and_terms
 from tests import draw
 
@@ -32,7 +36,7 @@ MODEL = ModelConfig(  # tiles of 128 divide neither the experts' width nor, with
 )
 
 
-def test_loss_and_gradients_are_the_reference_s():
+def test_loss_and_gradients_are_as_near_to_float32_as_the_reference_s():
     params = draw.parameters(Decoder(MODEL))
     tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (3, 385)).astype(np.int32)
 
@@ -50,11 +54,15 @@ def test_loss_and_gradients_are_the_reference_s():
         assert sum(map(np.sum, jax.tree.leaves(counts))) == 0
         return terms, found
 
-    (terms, ours), (expected_terms, expected), (_, bf16) = step(FP8), step(FP8_REFERENCE), step(BF16)
+    (terms, ours), (reference_terms, reference), (exact_terms, exact) = step(FP8), step(FP8_REFERENCE), step(FLOAT32)
     for term in ("main", "mtp", "balance"):
-        np.testing.assert_allclose(terms[term], expected_terms[term], rtol=1e-3, err_msg=term)
-    for (path, x), y, z in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), jax.tree.leaves(bf16)):
-        name, norm = jax.tree_util.keystr(path), np.linalg.norm(y)
-        off, of_bf16 = np.linalg.norm(x - y), np.linalg.norm(z - y)
-        print(f"{name}: {off / norm if norm else off:.5f} of the reference, BF16 {of_bf16 / norm if norm else of_bf16:.5f}")
-        assert off <= 0.02 * norm and x.dtype == jnp.float32, name  # rounded apart here and there; a wrong scale is a factor
+        np.testing.assert_allclose([terms[term], reference_terms[term]], exact_terms[term], rtol=1e-2, err_msg=term)
+    ratios = []
+    for (path, x), y, z in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), jax.tree.leaves(exact)):
+        name, norm = jax.tree_util.keystr(path), np.linalg.norm(z)
+        if norm:
+            off, of_reference, apart = (np.linalg.norm(difference) / norm for difference in (x - z, y - z, x - y))
+            ratios.append(off / of_reference)
+            print(f"{name}: {off:.4f} of the gradient, the reference {of_reference:.4f}, apart {apart:.4f}")
+            assert x.dtype == jnp.float32 and off < 2 * of_reference, name
+    assert 0.8 < np.exp(np.mean(np.log(ratios))) < 1.25, ratios
