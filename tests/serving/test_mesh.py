@@ -133,6 +133,6 @@ def test_meshes_that_cannot_serve_are_refused(plain):
 def test_copies_of_experts_are_made_before_the_cache_takes_what_is_free(oracle, monkeypatch):
     order, model = [], oracle("tiny_s_plain")
     monkeypatch.setattr(balance, "add_slots", lambda *args, add=balance.add_slots: order.append("copies") or add(*args))
-    monkeypatch.setattr(engine_module, "free_memory", lambda devices: order.append("free memory") or 2**20)
+    monkeypatch.setattr(engine_module, "memory_for_cache", lambda devices, scratch: order.append("free memory") or 2**20)
     make(model, "expert=2", redundant_experts=2, num_pages=None)
     assert order == ["copies"] * model.config.num_moe_layers + ["free memory"]
