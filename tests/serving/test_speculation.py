@@ -49,7 +49,7 @@ GREEDY = SamplingParams(max_new_tokens=80, temperature=0, ignore_eos=True)
 DRAWN = SamplingParams(max_new_tokens=80, temperature=1.0, top_p=0.9, seed=5, ignore_eos=True)
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("params", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
 def test_answers_are_the_same_with_and_without(model, params):
     prompts = [model.prompts[i : i + 30 + 11 * i].tolist() for i in range(6)]
     expected, _ = answers(model, params, prompts)
