@@ -32,7 +32,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ModelConfig, TrainConfig
+from dsv3_jax import command_line
+from dsv3_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats, Routing
@@ -189,19 +190,24 @@ def step(options) -> Callable[[], None]:
     from dsv3_jax.training.step import Trainer
 
     config: TrainConfig = importlib.import_module(f"configs.{options.recipe}").recipe()
-    model = dataclasses.replace(config.model, **{name: int(value) for name, _, value in (part.partition("=") for part in options.model)})
+    model = from_dict(ModelConfig, to_dict(config.model) | dict(options.model), where="--model ")
     mesh = meshes.make(options.mesh or "data=1", jax.devices()[: options.devices])
     parts = mesh.size // mesh.shape["pipe"]
+    profiled_rows, microbatch = options.rows if options.profile_rows is None else options.profile_rows, options.microbatch * parts
     config = dataclasses.replace(
         config,
         model=model,
         batch_size=options.rows,
         batch_ramp_from=None,
-        microbatch_size=options.microbatch * parts,
+        microbatch_size=microbatch,
         precision=options.precision,
         pipeline_schedule=options.schedule,
         pipeline_max_delayed=options.max_delayed,
     )
+    if not 1 <= profiled_rows <= options.rows or profiled_rows % microbatch:
+        raise UserError(
+            f"--profile-rows {profiled_rows} must be a multiple of a microbatch's {microbatch} rows, and at most {options.rows}"
+        )
     check_mesh(config, mesh.shape)
     trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=options.remat or config.remat), config, mesh)
     first = trainer.buffers.size
@@ -216,7 +222,6 @@ def step(options) -> Callable[[], None]:
     scheduled = Scheduled(options.learning_rate, 0.3, 1e-3)
     start = time.perf_counter()
     init = jax.jit(made, out_shardings=trainer.shardings).lower(key).compile()
-    profiled_rows = options.profile_rows or options.rows
     table = make_table(schedule(config, mesh.shape, profiled_rows)) if mesh.shape["pipe"] > 1 else None
     few = config.microbatch_size * (2 * mesh.shape["pipe"] if mesh.shape["pipe"] > 1 else 1)  # as few as any schedule takes
     programs = {(size, options.rows), (size, profiled_rows)}
@@ -389,8 +394,15 @@ def _summary(compiled) -> str:
     return f"arguments {analysis.argument_size_in_bytes / 2**30:.1f} GiB, temporaries {analysis.temp_size_in_bytes / 2**30:.1f} GiB"
 
 
+def _field(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER")
+    return name, int(value)
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["exchange", "step", "overlap"])
     parser.add_argument("--mesh", help="expert over all GPUs by default; step: one GPU")
     parser.add_argument("--precision", default="fp8", choices=["float32", "bf16", "fp8", "fp8_reference"])
@@ -403,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--skew", type=float, nargs="+", default=[0.0, 1.0])
     group = parser.add_argument_group("step")
     group.add_argument("--recipe", default="small")
-    group.add_argument("--model", nargs="+", default=[], metavar="FIELD=VALUE", help="of the recipe's model: num_hidden_layers=4")
+    group.add_argument("--model", nargs="+", type=_field, default=[], metavar="FIELD=NUMBER", help="of the recipe's model")
     group.add_argument("--devices", type=int, help="of this machine; all by default")
     group.add_argument("--rows", type=int, default=64, help="sequences a step")
     group.add_argument("--profile-rows", type=int, help="of the step that is profiled, where all would take too long")
@@ -428,14 +440,5 @@ def prepare(argv: list[str] | None = None) -> Callable[[], None]:
     return {"exchange": exchange_, "step": step, "overlap": overlap}[options.what](options)
 
 
-def main() -> int:
-    try:
-        prepare()()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(lambda: prepare()()))
