@@ -8,22 +8,18 @@ python train.py deepseek_v3 --dry-run             parameters, bytes a device, to
 """
 
 import dataclasses
-import importlib.util
 import os
 import shlex
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import tyro
 
-from dsv3_jax import command_line
+from dsv3_jax import command_line, recipes
 from dsv3_jax.config import TrainConfig, did_you_mean
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import processes
-
-RECIPES = Path(__file__).parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +45,7 @@ def main(argv: list[str]) -> int:
 def train(argv: list[str]) -> int:
     named = bool(argv) and not argv[0].startswith("-")
     recipe, options = (argv[0], argv[1:]) if named else ("tiny", argv)
-    command = parse(load_recipe(recipe), options)
+    command = parse(recipes.train_config(recipe), options)
     config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
     config = dataclasses.replace(config, workdir=config.workdir.replace("{recipe}", Path(recipe).stem))
     if command.aot and not command.dry_run:
@@ -113,30 +109,6 @@ def with_steps(argv: list[str], steps: int) -> str:
     """The same command with another number of steps."""
     others = [arg for before, arg in zip(["", *argv], argv) if "--steps" not in (before, arg) and not arg.startswith("--steps=")]
     return shlex.join(["python", "train.py", *others, "--steps", str(steps)])
-
-
-def load_recipe(name: str) -> TrainConfig:
-    """The config of a recipe by its name in configs/, or by the path of a Python file with a function `recipe`."""
-    known = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
-    path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, known)}: choose one of {', '.join(known)}, or a path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = module.recipe()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a file of the user's own does
-        line = next((frame.lineno for frame in traceback.extract_tb(error.__traceback__)[::-1] if frame.filename == str(path)), None)
-        place = f"line {line}: " if line else ""
-        raise UserError(
-            f"the recipe {path} fails ({place}{type(error).__name__}: {error}): it needs a function recipe() that works"
-        ) from None
-    if not isinstance(found, TrainConfig):
-        raise UserError(f"recipe() of {path} returns a {type(found).__name__}: it must return a dsv3_jax.config.TrainConfig")
-    return found
 
 
 def parse(recipe: TrainConfig, options: list[str]) -> Command:

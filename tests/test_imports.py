@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["pallas_kernels", "dsv3_jax.errors", "dsv3_jax.compilation_cache"],
     ["dsv3_jax.config", "dsv3_jax.command_line"],
+    ["dsv3_jax.recipes"],
     ["dsv3_jax.precision"],
     ["dsv3_jax.model"],
     ["dsv3_jax.parallel", "dsv3_jax.hub", "dsv3_jax.checkpoint", "dsv3_jax.data"],

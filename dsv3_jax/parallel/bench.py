@@ -16,7 +16,6 @@ NCCL_P2P_DISABLE=1 two GPUs of one host talk as slowly as hosts do.
 
 import argparse
 import dataclasses
-import importlib
 import re
 import sys
 import sysconfig
@@ -32,7 +31,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax import command_line
+from dsv3_jax import command_line, recipes
 from dsv3_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
@@ -189,7 +188,7 @@ def step(options) -> Callable[[], None]:
     from dsv3_jax.training.schedules import Scheduled
     from dsv3_jax.training.step import Trainer
 
-    config: TrainConfig = importlib.import_module(f"configs.{options.recipe}").recipe()
+    config = recipes.train_config(options.recipe)
     model = from_dict(ModelConfig, to_dict(config.model) | dict(options.model), where="--model ")
     mesh = meshes.make(options.mesh or "data=1", jax.devices()[: options.devices])
     parts = mesh.size // mesh.shape["pipe"]

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import command_line
+from dsv3_jax import command_line, recipes
 from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import combine, dispatch
@@ -247,9 +247,7 @@ def memory(arguments) -> None:
 
 def recipe_config(arguments) -> TrainConfig:
     """The recipe of that name with the options of a command: one microbatch a step, of `rows` sequences."""
-    import importlib
-
-    config = importlib.import_module(f"configs.{arguments.recipe}").recipe()
+    config = recipes.train_config(arguments.recipe)
     rows = arguments.rows or config.microbatch_size or config.batch_size
     if getattr(arguments, "no_mtp", False):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_nextn_predict_layers=0))

@@ -17,8 +17,8 @@ A row of the table is a decode step of so many requests with `--context` tokens 
 import argparse
 import dataclasses
 import functools
-import importlib
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv3_jax import command_line, recipes
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import recipe as named_recipe
 from dsv3_jax.precision import to_fp8
@@ -79,17 +79,9 @@ def _random(key, spec, std, ranks):
     return made
 
 
-def model_config(recipe: str) -> ModelConfig:
-    """The model of a recipe of configs/. Raises UserError for an unknown one."""
-    try:
-        return importlib.import_module(f"configs.{recipe}").model()
-    except ModuleNotFoundError as error:
-        raise UserError(f"there is no recipe {recipe!r} in configs/") from error
-
-
 def random_model(recipe: str, precision: str, max_length: int | None = None, mesh: Mesh | None = None) -> tuple[Decoder, dict]:
     """A recipe's model, allowed at least so many positions, and random parameters for its `decode`, made where they are used."""
-    config = model_config(recipe)
+    config = recipes.model_config(recipe)
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, max_length or 0))
     decoder = Decoder(config, named_recipe(precision))
     return decoder, random_params(decoder, Ranks.of(mesh))
@@ -275,7 +267,7 @@ def empty(config: ModelConfig) -> ModelConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="of configs/: its model")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp8"])
     parser.add_argument("--layers", type=int, help="default all")
@@ -291,7 +283,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="that many kernels, the longest first")
     options = parser.parse_args()
 
-    config = model_config(options.recipe)
+    config = recipes.model_config(options.recipe)
     if options.layers:
         dense = config.first_k_dense_replace if options.dense is None else options.dense
         config = dataclasses.replace(config, num_hidden_layers=options.layers, first_k_dense_replace=dense)
@@ -337,4 +329,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

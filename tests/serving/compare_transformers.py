@@ -15,7 +15,7 @@ import time
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
-from dsv3_jax.serving.decode_bench import model_config
+from dsv3_jax.recipes import model_config
 
 
 def main() -> None:

@@ -9,16 +9,17 @@ Its fastest way that we know of: bfloat16 weights and AdamW moments (ours keeps 
 
 import argparse
 import dataclasses
-import importlib
 import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from dsv3_jax import recipes
+
 
 def config_of(recipe: str) -> DeepseekV3Config:
-    model = importlib.import_module(f"configs.{recipe}").recipe().model
+    model = recipes.train_config(recipe).model
     names = {field.name for field in dataclasses.fields(model)} & set(DeepseekV3Config.__annotations__)
     values = {name: getattr(model, name) for name in names}
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
