@@ -16,7 +16,7 @@ def check(dtype, *names):
     script = Path(__file__).with_name("compare_meshes.py")
     # Compiling is most of the time: the code need not be fast.
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
-    flags["PYTHONPATH"] = str(script.parents[2])
+    flags["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), *sys.path])
     done = subprocess.run([sys.executable, script, dtype, *names], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
