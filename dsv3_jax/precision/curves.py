@@ -1,18 +1,22 @@
 """Loss of a recipe on the same text in FP8 and, with several seeds, in BF16.
 
     python -m dsv3_jax.precision.curves run --precision bf16 --seeds 0 1 2 --corpus DIR ... --output curves
-    python -m dsv3_jax.precision.curves run --precision fp8 --seeds 0 --corpus DIR ... --output curves --study 6
+    python -m dsv3_jax.precision.curves run --precision fp8 --seeds 0 --corpus DIR ... --output curves --heldout-in bf16 fp8 --study 6
     python -m dsv3_jax.precision.curves compare curves --plot docs/fp8_loss.svg
 
-All runs take the same rows in the same order; a seed draws the weights. Smoothed: the mean of the last WINDOW steps. `--study`: after a
-run, the errors of its products on that many batches of held-out rows (precision/study.py).
+All runs take the same rows in the same order (their hash is printed); a seed draws the weights. Smoothed: the mean of the last WINDOW
+steps. After a run `--heldout-in` takes the loss of all held-out text with its weights, in each precision named: what a forward pass in FP8
+costs is told apart from what training in FP8 has lost. `--study`: the errors of its products on that many batches of held-out rows
+(precision/study.py).
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import jax
@@ -23,6 +27,7 @@ from dsv3_jax import command_line
 from dsv3_jax.errors import UserError
 
 WINDOW = 100
+AHEAD = 4  # steps that are handed to the device before the first one's losses are read
 
 
 def run(arguments) -> None:
@@ -44,8 +49,9 @@ def run(arguments) -> None:
     config = dataclasses.replace(config, optimizer=optimizer)
     corpus = Corpus(arguments.corpus, heldout_fraction=config.data.heldout_fraction)
     start = time.perf_counter()
-    lowered, init, (batch, _) = lowered_step(config)
+    lowered, init, _ = lowered_step(config)
     compiled = lowered.compile()
+    losses = {name: _heldout_loss(config, name) for name in arguments.heldout_in}
     print(f"{config.precision}: traced and compiled in {time.perf_counter() - start:.0f} s", flush=True)
     tokenizer = train_tokenizer(corpus, config.model.vocab_size, arguments.cache)
     rows = prepare(corpus, tokenizer, arguments.cache, sequence_length=config.sequence_length, fim_rate=config.data.fim_rate)
@@ -53,25 +59,62 @@ def run(arguments) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     steps = list(schedules.steps(config, 0, 0))[: arguments.until]
     for seed in arguments.seeds:
-        state, kept, start = init(seed), [], time.perf_counter()
-        for step, rows_BS in zip(steps, Loader(rows.directory, seed=0).batches((step.first_row, step.num_rows) for step in steps)):
-            tokens = jnp.asarray(rows_BS["tokens"], batch["tokens"].dtype)
-            state, metrics = compiled(state, {"tokens": tokens}, jax.tree.map(jnp.float32, step.scheduled))
-            kept.append({name: metrics[name] for name in ("loss", "main", "mtp", "balance", "grad_norm", "skipped", "overflow")})
-        kept = jax.device_get(kept)
+        name, start = f"{config.precision}, seed {seed}", time.perf_counter()
+        path = arguments.output / f"{config.precision}-{seed}.jsonl"
+        state, smoothed, digest = _train(compiled, init(seed), steps, Loader(rows.directory, seed=0), path)
         took = time.perf_counter() - start
-        with open(arguments.output / f"{config.precision}-{seed}.jsonl", "w") as file:
-            for number, values in enumerate(kept, 1):
-                values["overflow"] = sum(counts.sum() for counts in jax.tree.leaves(values["overflow"]))
-                file.write(json.dumps({"step": number} | {name: float(value) for name, value in values.items()}) + "\n")
-        tokens_seen = len(kept) * config.batch_size * config.sequence_length
+        tokens = len(steps) * config.batch_size * config.sequence_length
         print(
-            f"{config.precision}, seed {seed}: {tokens_seen:,} tokens in {took:.0f} s ({tokens_seen / took:,.0f} tokens/s), "
-            f"loss {np.mean([values['main'] for values in kept[-WINDOW:]]):.4f} over the last {WINDOW} steps",
+            f"{name}: {tokens:,} tokens (sha256 {digest[:16]}) in {took:.0f} s ({tokens / took:,.0f} tokens/s), "
+            f"loss {smoothed:.4f} over the last {WINDOW} steps",
             flush=True,
         )
+        for precision, loss in losses.items():
+            print(f"{name}: held-out loss {loss(state.params, rows):.5f} with a forward pass in {precision}", flush=True)
     if arguments.study:
         _study(config, state.params, rows, arguments)
+
+
+def _train(compiled, state, steps, loader, path):
+    """(the state after all steps, the mean loss of the last WINDOW, a hash of all tokens). Losses go to `path` as they come: a run that is
+    killed leaves its curve."""
+    pending, losses, digest = deque(), [], hashlib.sha256()
+
+    def write(file):
+        values = jax.device_get(pending.popleft())
+        values["overflow"] = sum(counts.sum() for counts in jax.tree.leaves(values["overflow"]))
+        losses.append(float(values["main"]))
+        file.write(json.dumps({"step": len(losses)} | {name: float(value) for name, value in values.items()}) + "\n")
+
+    with open(path, "w", buffering=1) as file:
+        for step, rows_BS in zip(steps, loader.batches((step.first_row, step.num_rows) for step in steps)):
+            digest.update(rows_BS["tokens"].tobytes())
+            state, metrics = compiled(state, {"tokens": jnp.asarray(rows_BS["tokens"])}, jax.tree.map(jnp.float32, step.scheduled))
+            pending.append({name: metrics[name] for name in ("loss", "main", "mtp", "balance", "grad_norm", "skipped", "overflow")})
+            if len(pending) > AHEAD:
+                write(file)
+        while pending:
+            write(file)
+    return state, np.mean(losses[-WINDOW:]), digest.hexdigest()
+
+
+def _heldout_loss(config, precision):
+    """A compiled function of (params, rows) that gives the mean loss of a held-out token, the forward pass in that precision."""
+    from dsv3_jax.data.loader import heldout_batches
+    from dsv3_jax.model import Decoder
+    from dsv3_jax.precision.recipe import recipe
+    from dsv3_jax.training.loss import next_token_loss
+
+    decoder, (size, length) = Decoder(config.model, recipe(precision)), (config.batch_size, config.sequence_length)
+    shapes = {"tokens": jax.ShapeDtypeStruct((size, length + 1), jnp.int32), "loss_mask": jax.ShapeDtypeStruct((size, length), jnp.float32)}
+    compiled = jax.jit(lambda params, batch: next_token_loss(decoder, params, batch)[0]).lower(decoder.abstract_params(), shapes).compile()
+
+    def mean(params, rows):
+        sums = [compiled(params, jax.tree.map(jnp.asarray, batch)) for batch in heldout_batches(rows.directory, size)]
+        nats, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        return nats / count
+
+    return mean
 
 
 def _study(config, params, rows, arguments) -> None:
@@ -145,6 +188,7 @@ def main() -> None:
     one.add_argument("--corpus", nargs="+", default=["stdlib"])
     one.add_argument("--cache", default="runs/curves-data", help="where the prepared rows lie")
     one.add_argument("--output", type=Path, default=Path("runs/curves"))
+    one.add_argument("--heldout-in", nargs="*", default=[], metavar="PRECISION")
     one.add_argument("--study", type=int, default=0)
     two = commands.add_parser("compare")
     two.set_defaults(call=compare)

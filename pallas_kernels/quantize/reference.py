@@ -20,8 +20,8 @@ def quantize_tiles(x, *, pow2=False, floor=AMAX_FLOOR) -> Quantized:
     padded = pad_to(x.astype(jnp.float32), (*lead, rows, num_blocks(k) * BLOCK))
     groups = padded.reshape(*lead, rows, num_blocks(k), BLOCK)
     scales = tile_scales(_largest(groups), pow2=pow2, floor=floor)
-    values = exact_divide(groups, jnp.broadcast_to(scales[..., None], groups.shape)).astype(E4M3).reshape(padded.shape)[..., :k]
-    return Quantized.tiles(values, scales)
+    codes = _codes(exact_divide(groups, jnp.broadcast_to(scales[..., None], groups.shape)))
+    return Quantized.tiles(codes.reshape(padded.shape)[..., :k], scales)
 
 
 def quantize_blocks(w, *, pow2=False) -> Quantized:
@@ -31,10 +31,8 @@ def quantize_blocks(w, *, pow2=False) -> Quantized:
     blocks = padded.reshape(*lead, nb, BLOCK, kb, BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
     scales = block_scales(amax, pow2=pow2)
-    values = (
-        exact_divide(blocks, jnp.broadcast_to(scales[..., :, None, :, None], blocks.shape)).astype(E4M3).reshape(padded.shape)[..., :n, :k]
-    )
-    return Quantized.blocks(values, scales)
+    codes = _codes(exact_divide(blocks, jnp.broadcast_to(scales[..., :, None, :, None], blocks.shape)))
+    return Quantized.blocks(codes.reshape(padded.shape)[..., :n, :k], scales)
 
 
 def swiglu_quantize(gate_up, *, pow2=False) -> Quantized:
@@ -105,6 +103,12 @@ def _grouped_transpose(x, group_sizes):
     source = (jnp.cumsum(sizes) - sizes)[group] + offset
     rows = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
     return jnp.where((offset < sizes[group])[:, None], rows, 0).T
+
+
+def _codes(x):
+    """float32 to e4m3, held apart: where the same program reads the codes, XLA for GPUs drops this conversion with the one back, and
+    nothing would be quantised."""
+    return lax.optimization_barrier(x.astype(E4M3))
 
 
 def _largest(x):

@@ -111,6 +111,14 @@ def test_accumulation_is_in_place():
     assert stats.alias_size_in_bytes == 4 * 4096 * 7168 * 4 and stats.temp_size_in_bytes < 2**20
 
 
+@needs_compiler
+@pytest.mark.parametrize("quantise", [functools.partial(pk.quantize_tiles, implementation="reference"), pk.quantize_blocks])
+def test_codes_read_in_their_own_program_are_codes(quantise):
+    """Of a conversion to e4m3 and the one back XLA makes nothing on a GPU, and the reference would quantise nothing there."""
+    text = jax.jit(lambda x: quantise(x).dequantize()).lower(*aot.on_h200((array(256, 512),))).compile().as_text()
+    assert "f8e4m3fn" in text
+
+
 def test_no_row_tile_is_added_twice():
     """Where two CTAs share b and the row tiles are odd in number, the second of the last pair has no tile; once it repeated the first's."""
     assert tuning.choose("wgrad", 2112, 7168, 8192, 132).multicast == "b" and -(-2112 // 128) % 2 == 1

@@ -1,7 +1,8 @@
 """The FP8 recipe with the Hopper kernels on the device, beside the same recipe in plain JAX on the same device.
 
 They are not equal: a sum that is rounded the other way moves a code of e4m3 a whole step, and what follows it. So both are compared with
-float32: the kernels must be as near to it as the reference is.
+float32: the kernels must be as near to it as the reference is. How near that is: the reference with its weights changed by 1e-5 (on a CPU)
+is 0.65 of its own error apart from itself, and every weight's error 0.92 to 1.06 times what it was, 0.99 in the mean.
 """
 
 import jax
@@ -50,19 +51,21 @@ def test_loss_and_gradients_are_as_near_to_float32_as_the_reference_s():
             fp8 = quantize_params(params, recipe)
             return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, overflow_counters(params, recipe), fp8)
 
-        (_, terms), (found, counts) = jax.device_get(jax.jit(gradients)(params))
+        compiled = jax.jit(gradients).lower(params).compile()
+        (_, terms), (gradient, counts) = jax.device_get(compiled(params))
         assert sum(map(np.sum, jax.tree.leaves(counts))) == 0
-        return terms, found
+        return terms, gradient
 
     (terms, ours), (reference_terms, reference), (exact_terms, exact) = step(FP8), step(FP8_REFERENCE), step(FLOAT32)
-    for term in ("main", "mtp", "balance"):
-        np.testing.assert_allclose([terms[term], reference_terms[term]], exact_terms[term], rtol=1e-2, err_msg=term)
-    ratios = []
+    for term, tolerance in {"main": 1e-3, "mtp": 1e-3, "balance": 2e-2}.items():
+        np.testing.assert_allclose([terms[term], reference_terms[term]], exact_terms[term], rtol=tolerance, err_msg=term)
+    found = {}
     for (path, x), y, z in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), jax.tree.leaves(exact)):
-        name, norm = jax.tree_util.keystr(path), np.linalg.norm(z)
-        if norm:
-            off, of_reference, apart = (np.linalg.norm(difference) / norm for difference in (x - z, y - z, x - y))
-            ratios.append(off / of_reference)
-            print(f"{name}: {off:.4f} of the gradient, the reference {of_reference:.4f}, apart {apart:.4f}")
-            assert x.dtype == jnp.float32 and off < 2 * of_reference, name
-    assert 0.8 < np.exp(np.mean(np.log(ratios))) < 1.25, ratios
+        assert x.dtype == jnp.float32
+        if norm := np.linalg.norm(z):
+            found[jax.tree_util.keystr(path)] = [np.linalg.norm(difference) / norm for difference in (x - z, y - z, x - y)]
+    for name, (off, of_reference, apart) in found.items():
+        print(f"{name}: {off:.4f} of the gradient, the reference {of_reference:.4f}, apart {apart:.4f}")
+    off, of_reference, apart = np.array(list(found.values())).T
+    assert np.all(off < 1.25 * of_reference) and np.all(apart < of_reference)
+    assert 0.95 < np.exp(np.mean(np.log(off / of_reference))) < 1.05
