@@ -38,7 +38,8 @@ def run(arguments) -> None:
     from dsv3_jax.precision.recipe import check_devices, recipe
     from dsv3_jax.training import schedules
 
-    check_devices(recipe(arguments.precision))
+    for precision in (arguments.precision, *arguments.heldout_in):
+        check_devices(recipe(precision))
     config = dataclasses.replace(recipe_config(arguments), steps=arguments.steps)
     # Half of a short run: with a tenth, at 1e-3, a BF16 run of `small` had a gradient of 36 in step 11 and stayed behind.
     optimizer = dataclasses.replace(
