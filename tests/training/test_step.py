@@ -9,7 +9,7 @@ import pytest
 from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.precision import FP8_REFERENCE
+from dsv3_jax.precision import FP8, FP8_REFERENCE
 from dsv3_jax.training import loss, router_bias
 from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer
@@ -117,11 +117,15 @@ def test_an_fp8_overflow_is_counted_per_tensor_and_its_step_skipped(setup, count
     assert found == [(0, 0), (8 * 32, 1)]
 
 
-@pytest.mark.slow
-def test_a_pipeline_counts_overflows_as_one_device_does(setup):
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(FP8_REFERENCE, marks=pytest.mark.slow), pytest.param(FP8, marks=pytest.mark.multi_gpu)],
+    ids=lambda recipe: recipe.name,
+)
+def test_a_pipeline_counts_overflows_as_one_device_does(setup, recipe):
     """Of the layers and of the MTP module, by weight."""
     decoder, config, params, batch = setup
-    decoder = Decoder(decoder.config, FP8_REFERENCE)
+    decoder = Decoder(decoder.config, recipe)
     params = jax.tree.map(np.copy, params)
     params["moe_layers"]["post_attention_layernorm"][0, 3] = np.inf
     config, counts = dataclasses.replace(config, microbatch_size=1, pipeline_schedule="1f1b"), []
