@@ -65,6 +65,7 @@ def train(mesh: str, dtype: str, microbatch_size: int | None) -> tuple[list[dict
         batch_size=16,
         microbatch_size=microbatch_size,
         sequence_length=12,
+        pipeline_schedule="zb1p",  # two stages for two layers
     )
     sizes = meshes.parse(mesh)
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]

@@ -70,10 +70,11 @@ MESHES = [f"data={d},pipe={p},expert={e}" for p, e, d in itertools.product((2, 4
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_schedule_is_one_device(kind, mesh):
-    check(compare("float64", f"{kind}:{mesh}"), 1e-9)
+def test_every_schedule_is_one_device(kind, mesh, precision, tolerance):
+    check(compare(precision, f"{kind}:{mesh}"), tolerance)
 
 
 @pytest.mark.slow
@@ -87,17 +88,12 @@ def test_what_is_kept():
 
 
 @pytest.mark.slow
-def test_float32():
-    check(compare("float32", *(f"{kind}:pipe=2,expert=2" for kind in KINDS)), 1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("precision, others", [("bf16", 0.02), ("fp8_reference", 0.05)])
-def test_low_precision_is_the_same_on_any_number_of_ranks(precision, others):
+@pytest.mark.parametrize("case", ["1f1b:pipe=2", "1f1b:pipe=2,expert=2", "dualpipev:pipe=2,expert=2", "dualpipev@0:pipe=2"])
+def test_low_precision_is_the_same_on_any_number_of_ranks(case, precision, others):
     """In layers only float32 sums over microbatches are taken in another order. Head and MTP module work on a rank's rows of a
     microbatch, or its tokens: their gradients are rounded as often as there are parts, and FP8 tiles do not reach across."""
-    cases = "1f1b:pipe=2", "1f1b:pipe=2,expert=2", "dualpipev:pipe=2,expert=2", "dualpipev@0:pipe=2"
-    check(compare(precision, *cases), 1e-5, others)
+    check(compare(precision, case), 1e-5, others)
 
 
 @pytest.mark.parametrize("kind", KINDS)

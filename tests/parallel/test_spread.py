@@ -1,4 +1,4 @@
-"""Training steps over data and expert against the same steps on one device: see compare_meshes.py for what is in them."""
+"""Training steps over data, expert and pipe against the same steps on one device: see compare_meshes.py for what is in them."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
-SLOW = ["data=1", "data=2", "data=8", "expert=2", "expert=4", "data=2,expert=4", "data=2,expert=2x2"]
+SLOW = ["data=1", "data=2", "data=8", "expert=2", "expert=4", "data=2,expert=4", "data=2,expert=2x2", "data=2,pipe=2,expert=2"]
 
 
 def check(dtype, *names):
