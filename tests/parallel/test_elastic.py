@@ -14,6 +14,8 @@ from dsv3_jax import checkpoint
 from dsv3_jax.config import OptimizerConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
+from dsv3_jax.training import router_bias
+from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer, TrainState
 from tests import draw
 from tests.micro import write_recipe
@@ -22,10 +24,36 @@ from tests.parallel.compare_meshes import MODEL
 ROOT = Path(__file__).parents[2]
 
 
-def trainer_on(mesh: str) -> Trainer:
-    config = TrainConfig(model=MODEL, optimizer=OptimizerConfig(ema_decay=0.9), batch_size=8, sequence_length=12)
+def trainer_on(mesh: str, **fields) -> Trainer:
+    config = TrainConfig(model=MODEL, optimizer=OptimizerConfig(ema_decay=0.9), batch_size=8, sequence_length=12, **fields)
     sizes = meshes.parse(mesh)
     return Trainer(Decoder(MODEL), config, meshes.make(mesh, jax.devices()[: int(np.prod(list(sizes.values())))]))
+
+
+def test_gradients_are_reduced_once_a_step():
+    """To the shards of their masters, each array by itself, after the microbatches; experts' gradients over `data` alone."""
+    trainer = trainer_on("data=2,expert=2", microbatch_size=4)
+    state = jax.eval_shape(trainer.init, Decoder(MODEL).abstract_params())
+    batch = {"tokens": jax.ShapeDtypeStruct((8, 13), np.int32)}
+    jaxpr = jax.make_jaxpr(trainer.jitted(2.0))(state, batch, Scheduled(1e-3, 0.3, 1e-3))
+    found = list(reduce_scatters(jaxpr.jaxpr, False))
+    masters, _ = router_bias.split(trainer.shardings.params)
+    over = [tuple(axis for entry in leaf.spec if entry for axis in np.atleast_1d(entry).tolist()) for leaf in jax.tree.leaves(masters)]
+    axes = [tuple(sorted(axes)) for axes, in_a_loop in found if not in_a_loop]
+    assert len(axes) == len(found)
+    assert axes.count(("data", "expert")) + axes.count(("data",)) == len(axes) == sum(bool(names) for names in over)
+    assert axes.count(("data",)) == 4  # gate and up, down: of the MoE layers and of the MTP module
+
+
+def reduce_scatters(jaxpr, in_a_loop: bool):
+    """(axes, whether it is in a loop) of every reduce-scatter."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "reduce_scatter":
+            yield np.atleast_1d(eqn.params["axis_name"]).tolist(), in_a_loop
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from reduce_scatters(inner, in_a_loop or eqn.primitive.name in ("scan", "while"))
 
 
 def items(state: TrainState) -> dict:
