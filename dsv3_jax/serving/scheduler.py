@@ -1,7 +1,8 @@
 """Continuous batching: which requests run next, and on which pages.
 
 Requests wait until the pool has pages for all their tokens, are prefilled in chunks, then decode together, one step at a time;
-prefill and decode steps alternate while there is work of both kinds. When a decoding request needs a page and none is free, the
+prefill and decode steps alternate while there is work of both kinds. A prefill step holds up all who decode, full or not: as long as
+others queue for a place, it waits for company (`_waits`). When a decoding request needs a page and none is free, the
 youngest running request gives its pages back and starts again later from its prompt and what it has generated: what of it is still in
 the pool, or in the host tier, is found there, and the rest is computed again. The oldest one is thus never held up, and no request is
 larger than the pool: every request ends.
@@ -60,6 +61,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = self.prefix_queries = self.prefix_hits = self.host_hits = 0  # prefixes in tokens, the host's among the hits
         self._prefilled_last = False
+        self._missed = 0  # rows that decode steps could have had since the last prefill step, of requests that wait for the next one
 
     @property
     def longest_request(self) -> int:
@@ -104,10 +106,11 @@ class Scheduler:
         self._admit()
         prefilling = [request for request in self.running if request.prefilling]
         decoding = [request for request in self.running if not (request.prefilling or (request.in_flight and _must_wait(request)))]
-        if prefilling and not (decoding and self._prefilled_last):
-            self._prefilled_last = True
+        if prefilling and not (decoding and (self._prefilled_last or self._waits(prefilling, decoding))):
+            self._prefilled_last, self._missed = True, 0
             return self._prefill(prefilling)
         self._prefilled_last = False
+        self._missed += len(prefilling)
         decoding = self._grow(decoding)
         return self._decode(decoding) if decoding else None
 
@@ -174,19 +177,28 @@ class Scheduler:
         places = [place for place in places if loads[place[0]] <= idlest + _SLACK]
         return min(places, key=lambda place: (-len(place[1]), loads[place[0]]), default=None)
 
+    def _waits(self, prefilling: list[Request], decoding: list[Request]) -> bool:
+        """Whether a prefill step is better put off: others will come, as the queue is not empty, it is not full, and those it is for have
+        missed fewer decode steps than it would take from those that decode, which is about one each."""
+        full = self.prefill_tokens * self.pool.num_ranks
+        return bool(self.waiting) and self._missed < len(decoding) and sum(map(self._width, prefilling)) < full
+
+    def _width(self, request: Request) -> int:
+        """Of its row in its next prefill step."""
+        return round_up(min(_remaining(request), self.prefill_widths[-1]), self.prefill_widths)
+
     def _prefill(self, prefilling: list[Request]) -> Work:
         """The first request decides the rows' width and kind; those that fit beside it join, on every rank."""
-        remaining = lambda request: len(request.tokens) - _start(request)  # noqa: E731
-        first, most = prefilling[0], self.prefill_widths[-1]
-        chunk, width = _chunk(first), round_up(min(remaining(first), most), self.prefill_widths)
+        first = prefilling[0]
+        chunk, width = _chunk(first), self._width(first)
         room = [max(self.prefill_tokens // width, 1)] * self.pool.num_ranks
         room[first.rank] -= 1
         rows = [first]
         for request in prefilling[1:]:
-            if _chunk(request) == chunk and remaining(request) <= width and room[request.rank]:
+            if _chunk(request) == chunk and _remaining(request) <= width and room[request.rank]:
                 room[request.rank] -= 1
                 rows.append(request)
-        counts, starts = [min(remaining(r), width) for r in rows], [_start(r) for r in rows]
+        counts, starts = [min(_remaining(r), width) for r in rows], [_start(r) for r in rows]
         for request, count, start in zip(rows, counts, starts):
             request.in_flight += count
             request.prefilling = start + count < len(request.tokens)
@@ -227,6 +239,11 @@ class Scheduler:
 def _start(request: Request) -> int:
     """Where its next tokens go, those of a step that runs and is not a prefill left out."""
     return request.num_cached + request.in_flight if request.prefilling else len(request.tokens) - 1
+
+
+def _remaining(request: Request) -> int:
+    """Tokens that are not in the cache yet, or on their way."""
+    return len(request.tokens) - _start(request)
 
 
 def _must_wait(request: Request) -> bool:

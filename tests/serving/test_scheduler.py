@@ -114,6 +114,45 @@ def test_every_request_ends(seed, ranks, host):
     assert scheduler.prefix_hits > 0 and (scheduler.host_hits > 0) == (host > 0)
 
 
+def decoding(count, *, answer, **options):
+    """A scheduler in which so many requests decode; the kinds of its steps, in a list that grows."""
+    scheduler = Scheduler(PagePool(64), max_length=640, prefill_tokens=64, prefill_widths=(16, 64), **options)
+    kinds, schedule = [], scheduler.schedule
+
+    def record():
+        work = schedule()
+        kinds.append("none" if work is None else "prefill" if work.prefill else "decode")
+        return work
+
+    scheduler.schedule = record
+    for _ in range(count):
+        scheduler.add(Request([1] * 16, SamplingParams(max_new_tokens=answer)))
+    while any(request.prefilling for request in scheduler.running) or scheduler.waiting:
+        scheduler.landed(scheduler.schedule())
+    kinds.clear()
+    return scheduler, kinds
+
+
+def test_prefill_steps_are_full_while_others_queue():
+    """With speculation requests end one by one, and their successors would be prefilled one by one."""
+    scheduler, kinds = decoding(0, answer=0, max_batch=16, lookahead=2)
+    requests = [Request([i, *[1] * 15], SamplingParams(max_new_tokens=64)) for i in range(160)]
+    run(scheduler, requests, np.random.default_rng(0), accept=0.7)
+    assert all(len(request.tokens) == 80 for request in requests)
+    assert 40 <= kinds.count("prefill") <= 50, "four fit a step"
+
+
+@pytest.mark.parametrize("queue, steps", [(0, 1), (3, 7)])
+def test_a_prefill_step_does_not_wait_for_long(queue, steps):
+    """Not at all without a queue; with one, until those that wait have missed as many steps as seven lose by one."""
+    scheduler, kinds = decoding(7, answer=200, max_batch=8)
+    for _ in range(1 + queue):
+        scheduler.add(Request([2] * 16, SamplingParams(max_new_tokens=200)))
+    while "prefill" not in kinds:
+        land(scheduler, scheduler.schedule(), np.random.default_rng(0), 0.0, {})
+    assert kinds == ["decode"] * steps + ["prefill"]
+
+
 def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused():
     scheduler = Scheduler(PagePool(3), max_batch=4, max_length=1000, prefill_tokens=64, prefill_widths=(64,), lookahead=2)
     exact = [Request([1] * 100, SamplingParams(max_new_tokens=92)) for _ in range(3)]
