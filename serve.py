@@ -60,7 +60,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     engine.add_argument("--prefill-tokens", type=at_least(1), default=1024, help="of a prompt in one step; longer ones are cut into chunks")
     engine.add_argument("--fp8-cache", action="store_true", help="keep latents in FP8")
-    engine.add_argument("--speculate", action="store_true", help="draft tokens with the MTP module: the same answers, sooner")
+    engine.add_argument(
+        "--speculate", type=at_least(0), nargs="?", const=1, default=0, metavar="N",
+        help="draft N tokens a step with the MTP module, 1 if not said, 3 at most: the same answers, sooner",
+    )  # fmt: skip
 
     if bench:
         option("--requests", type=at_least(1), default=100)

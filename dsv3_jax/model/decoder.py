@@ -207,16 +207,16 @@ class Decoder:
         return x_BSD, new_caches, stats
 
     def decode_mtp(
-        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk: str | None = None
+        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk: str | None = None, again=False
     ) -> tuple[jax.Array, dict]:
         """The MTP module over its own pages, caches["mtp"] [1, P, 64, C+R], after `decode` of the same positions.
 
         hidden_BSD as `decode` returns it; next_tokens_BS: the token that follows each position. Returns (normed hidden [B, S, D] that
-        predicts the token after next, the new caches).
+        predicts the token after next, the new caches). again: for the positions after those of such a call, hidden_BSD is what it returned.
         """
         where = self.positions(next_tokens_BS, jnp.maximum(positions_BS, 0))
         cache = PagedCache(caches["mtp"][0], page_table, lengths_B, positions_BS)
         mtp = module.bind(self.modules["mtp"], params["mtp"])
-        hidden_BSD, embedding_BSD = self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS)
+        hidden_BSD, embedding_BSD = hidden_BSD if again else self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS)
         normed_BSD, pages, _ = mtp.decode(hidden_BSD, embedding_BSD, where, cache, chunk=chunk)
         return normed_BSD, {**caches, "mtp": pages[None]}

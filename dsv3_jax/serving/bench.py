@@ -88,7 +88,7 @@ def run(engine: Engine, options: argparse.Namespace) -> int:
         "preemptions": str(engine.scheduler.num_preemptions),
     }
     if engine.stats.drafted:
-        rows["drafts accepted"] = f"{engine.stats.accepted / engine.stats.drafted:.1%}"
+        rows["drafts accepted"] = ", ".join(f"{part:.1%}" for part in engine.stats.acceptance)
     if engine.host:
         rows["prompt tokens from host memory"] = str(engine.scheduler.host_hits)
     if engine.balancer:

@@ -9,7 +9,7 @@ A row of the table is a decode step of so many requests with `--context` tokens 
   the step touches, latents) over what a copy reaches on this card, and its FLOP over the data sheet's dense BF16 peak.
 `--empty` runs the same number of layers, each next to nothing: what launches cost. `--prefill N` adds a prompt of N tokens.
 
-    JAX_PLATFORMS=cpu python -m dsv3_jax.serving.decode_bench small --empty --host --batch 64 [--speculate]
+    JAX_PLATFORMS=cpu python -m dsv3_jax.serving.decode_bench small --empty --host --batch 64 [--speculate [N]]
 
 `--host` times steps of the engine whose programs take and give what they always do, and compute nothing: the host's part. No GPU is needed.
 """
@@ -109,7 +109,6 @@ def fill(engine: Engine, batch: int, context: int, new_tokens: int) -> list[Requ
     for request in requests:
         engine.scheduler.cached(request, context - 1)
         request.prefilling = False
-        request.draft = 0
     return requests
 
 
@@ -205,7 +204,8 @@ def compute_nothing() -> None:
     @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"), keep_unused=True)
     def draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, **options):
         counts_B = 1 + (jnp.arange(len(tokens_BQ)) % 10 < 7)
-        return jnp.concatenate([tokens_BQ, counts_B[:, None].astype(jnp.int32), jnp.zeros_like(counts_B)[:, None]], axis=1), caches, last
+        drafts_BN = jnp.zeros((len(tokens_BQ), len(last) - 2), jnp.int32)
+        return jnp.concatenate([tokens_BQ, counts_B[:, None].astype(jnp.int32), drafts_BN], axis=1), caches, last
 
     runner._forward, runner._draft = forward, draft
 
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--empty", action="store_true")
     parser.add_argument("--host", action="store_true")
     parser.add_argument("--prefill", type=int, default=0)
-    parser.add_argument("--speculate", action="store_true")
+    parser.add_argument("--speculate", type=int, nargs="?", const=1, default=0, metavar="N")
     parser.add_argument("--show", type=int, default=0, help="that many kernels, the longest first")
     options = parser.parse_args()
 
@@ -287,7 +287,7 @@ def main() -> None:
     if options.layers:
         dense = config.first_k_dense_replace if options.dense is None else options.dense
         config = dataclasses.replace(config, num_hidden_layers=options.layers, first_k_dense_replace=dense)
-    config = dataclasses.replace(config, num_nextn_predict_layers=int(options.speculate))
+    config = dataclasses.replace(config, num_nextn_predict_layers=int(options.speculate > 0))
     if options.empty:
         config = empty(config)
     decoder = Decoder(config, named_recipe(options.precision))

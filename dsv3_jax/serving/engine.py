@@ -27,16 +27,26 @@ from dsv3_jax.serving.shaping import Grammars, Shaper, is_shaped
 from dsv3_jax.serving.text import TextStream
 
 _CPU_CACHE = 2**30  # bytes at most, where nobody says how many
+_MOST_DRAFTS = 3  # a step: attention in decode steps is made, and tested, for four tokens of a request
 
 
 @dataclasses.dataclass
 class Stats:
-    """Totals since the engine was made. acceptance = accepted / drafted."""
+    """Totals since the engine was made. drafted, accepted: tokens; accepted_at: by their place among the drafts of a step."""
 
     prompt_tokens: int = 0  # computed: prefix hits are not counted, what is computed again after a preemption is
     generated_tokens: int = 0
     drafted: int = 0
-    accepted: int = 0
+    accepted_at: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.accepted_at)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of the drafts at each place of a step the part that was accepted: a second one only counts behind a first that was right."""
+        return [accepted * len(self.accepted_at) / max(self.drafted, 1) for accepted in self.accepted_at]
 
 
 class Engine:
@@ -56,7 +66,7 @@ class Engine:
       host_pages: pages of host memory for what the cache has no room for any more.
       prefill_tokens: tokens of a prefill step, on each device; longer prompts are cut into such chunks.
       fp8_cache: keep latents in FlashMLA's FP8 layout (656 bytes a token and layer).
-      speculate: draft a token a step with the model's MTP module. The tokens are the same with and without.
+      speculate: tokens to draft a step with the model's MTP module, 3 at most (0: none). The answers are the same with and without.
 
     Raises UserError where these do not fit the model or the memory.
     """
@@ -76,7 +86,7 @@ class Engine:
         host_pages: int = 0,
         prefill_tokens: int = 1024,
         fp8_cache: bool = False,
-        speculate: bool = False,
+        speculate: int = 0,
         consume: bool = False,
     ):
         config, ranks = decoder.config, Ranks.of(mesh)
@@ -85,6 +95,8 @@ class Engine:
         for name, value in sizes.items():
             if value is not None and value < least.get(name, 1):
                 raise UserError(f"{name} is {value}: it must be at least {least.get(name, 1)}")
+        if not 0 <= speculate <= _MOST_DRAFTS:
+            raise UserError(f"speculate is {speculate}: a step drafts {_MOST_DRAFTS} tokens at most, or none with 0")
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
         max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
@@ -95,7 +107,7 @@ class Engine:
         dtype = jnp.uint8 if fp8_cache else decoder.recipe.compute_dtype
         shapes = Shapes.of(max_batch=-(-max_batch // ranks.count), max_length=max_length, prefill_tokens=prefill_tokens)
         free = memory_for_cache(ranks.devices, _scratch(decoder, ranks, prefill_tokens))
-        fitting = ranks.count * pages_within(_CPU_CACHE // ranks.count if free is None else free, config, dtype, mtp=speculate)
+        fitting = ranks.count * pages_within(_CPU_CACHE // ranks.count if free is None else free, config, dtype, mtp=bool(speculate))
         if fitting < ranks.count:
             raise UserError("no memory is left for the latent cache: use a device with more, or a smaller model")
         if num_pages is None:
@@ -117,7 +129,7 @@ class Engine:
             prefill_widths=shapes.widths,
             lookahead=self.runner.decode_width,
         )
-        self.stats = Stats()
+        self.stats = Stats(accepted_at=[0] * speculate)
         self._eos = {config.eos_token_id} | ({tokenizer.eos_id} if tokenizer else set())
         self._running: tuple[Work, Result] | None = None  # the step on the device
 
@@ -207,21 +219,22 @@ class Engine:
     def _collect(self, work: Work, result: Result) -> list[Output]:
         """Waits for the step and puts its tokens to the requests; those that end give their pages back."""
         rows, logprobs = np.asarray(result.outcome).tolist(), jax.tree.map(np.asarray, result.logprobs)
-        stats, eos, speculate, outputs = self.stats, self._eos, self.runner.speculate, []
+        stats, eos, num_drafts, outputs = self.stats, self._eos, self.runner.speculate, []
         for index, request, count in self.scheduler.landed(work):
             row = result.rows[index]
             tokens = rows[row]
-            if speculate:
-                *tokens, counted, request.draft = tokens
-                tokens = tokens[:counted]
+            if num_drafts:
+                *tokens, counted = tokens[:-num_drafts]
+                tokens, request.drafts = tokens[:counted], rows[row][-num_drafts:]
             if work.prefill:
                 stats.prompt_tokens += count
                 if request.num_cached + count < len(request.tokens):
                     self.scheduler.cached(request, request.num_cached + count)
                     continue
-            elif speculate:
-                stats.drafted += 1
-                stats.accepted += counted - 1
+            elif num_drafts:
+                stats.drafted += num_drafts
+                for place in range(counted - 1):
+                    stats.accepted_at[place] += 1
             reason = None
             if request.shaper is None and len(request.tokens) + len(tokens) < request.max_tokens and eos.isdisjoint(tokens):
                 request.tokens += tokens  # as nearly always

@@ -88,7 +88,7 @@ class Request:
     prefilling: bool = True  # some of its tokens are in no step yet
     in_flight: int = 0  # tokens that steps which have not ended add to the cache, at most
     lives: int = 0  # how often it lost its pages: what a step gives for an earlier life is void
-    draft: int | None = None  # the token that the MTP module expects after the last one
+    drafts: list[int] = dataclasses.field(default_factory=list)  # the tokens that the MTP module expects after the last one
     finish_reason: str | None = None  # "stop" | "length" | "abort"
     text: Any = None  # its TextStream, if there is a tokenizer
     shaper: Any = None  # what it adds to the logits, if anything

@@ -71,8 +71,8 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Result(NamedTuple):
-    """What a step gave: the row of each of its requests; outcome int32 [B, Q], the tokens sampled in each row, with speculation [B, Q + 2],
-    how many of them count and the token drafted to follow those behind them; log-probabilities, if a request asked for some."""
+    """What a step gave: the row of each of its requests; outcome int32 [B, Q], the tokens sampled in each row, with speculation [B, Q + 1 + N],
+    how many of them count and the N tokens drafted to follow those behind them; log-probabilities, if a request asked for some."""
 
     rows: list[int]
     outcome: jax.Array
@@ -99,25 +99,25 @@ class Runner:
       shapes: of its programs.
       num_pages: pages of the pool, those of all ranks together.
       cache_dtype: of the pages; uint8 is the FP8 layout.
-      speculate: draft one token a step with the MTP module.
+      speculate: tokens that the MTP module drafts a step.
       ranks: of the mesh.
 
     load_LE int32: how many tokens chose each expert of each MoE layer in all steps so far, modulo 2^32; of the next step's after it.
     """
 
     def __init__(
-        self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: bool, ranks: Ranks = ONE_DEVICE
+        self, decoder: Decoder, params: dict, shapes: Shapes, *, num_pages: int, cache_dtype, speculate: int, ranks: Ranks = ONE_DEVICE
     ):
         self.decoder, self.params, self.shapes, self.speculate, self.ranks = decoder, params, shapes, speculate, ranks
         self.read_params()
         self._pages_per_rank = num_pages // ranks.count
-        arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=speculate)
+        arrays = cache_shapes(decoder.config, num_pages, cache_dtype, mtp=bool(speculate))
         self.caches = {name: ranks.full(array, ranks.pages) for name, array in arrays.items()}
         self.load_LE = ranks.full(jax.ShapeDtypeStruct((decoder.config.num_moe_layers, decoder.config.n_routed_experts), jnp.int32), WHOLE)
         self._left: tuple = ()  # of the last decode step, to be overwritten by the next one
         self._batch: _Batch | None = None  # of the last decode step
-        # Of each row of the last step: token, how many counted, draft.
-        self._last = ranks.full(jax.ShapeDtypeStruct((3, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
+        # Of each row of the last step: token, how many counted, drafts.
+        self._last = ranks.full(jax.ShapeDtypeStruct((2 + speculate, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
         self._row_of: dict[Request, int] = {}  # in the last step
         # XLA's allocator puts an array into the smallest gap that holds it.
         wall, _, other_wall = [ranks.full(jax.ShapeDtypeStruct((ranks.count * _GAP,), jnp.uint8), ranks.rows) for _ in range(3)]
@@ -169,7 +169,7 @@ class Runner:
     @property
     def decode_width(self) -> int:
         """Tokens of a request in a decode step."""
-        return 2 if self.speculate else 1
+        return 1 + self.speculate
 
     def _arranged(self, work: Work) -> _Batch:
         """A row for each request, those of a rank filled from the left; as they were in the last decode step if that had the same ones."""
@@ -216,7 +216,7 @@ class Runner:
         fields.source[rows] = [self._row_of[request] if ahead else -1 for request, ahead in zip(work.requests, work.ahead)]
         fields.tokens[rows, 0] = [request.tokens[start] for request, start in zip(work.requests, work.starts)]
         if self.speculate:
-            fields.tokens[rows, 1] = [request.draft or 0 for request in work.requests]
+            fields.tokens[rows, 1:] = [request.drafts or [0] * self.speculate for request in work.requests]
         return inputs
 
     def _put(self, inputs: "_Inputs") -> jax.Array:
@@ -320,12 +320,11 @@ def _feed(ranks, last, packed, form):
     """The step's fields with what the last step gave to the rows that go on from it, packed again. What is beyond a row's limit, as a step
     may be that was started before its row had ended, is written nowhere."""
     fields = _Fields.of(packed, form)
-    token_B, count_B, draft_B = last[:, fields.source]
+    token_B, count_B, *drafts_NB = last[:, fields.source]
     goes_on_B = fields.source >= 0
     tokens_BS, positions_BS = fields.tokens, fields.positions
-    tokens_BS = tokens_BS.at[:, 0].set(jnp.where(goes_on_B, token_B, tokens_BS[:, 0]))
-    if tokens_BS.shape[1] > 1:
-        tokens_BS = tokens_BS.at[:, 1].set(jnp.where(goes_on_B, draft_B, tokens_BS[:, 1]))
+    for column, new_B in enumerate((token_B, *drafts_NB)[: form[1]]):
+        tokens_BS = tokens_BS.at[:, column].set(jnp.where(goes_on_B, new_B, tokens_BS[:, column]))
     added_B = jnp.where(goes_on_B, count_B, 0)
     moved_BS = positions_BS + added_B[:, None]
     positions_BS = jnp.where((positions_BS >= 0) & (moved_BS < fields.limits[:, None]), moved_BS, -1)
@@ -335,12 +334,12 @@ def _feed(ranks, last, packed, form):
     return jax.lax.optimization_barrier(ranks.hold(fed, ranks.rows))
 
 
-def _keep(ranks, last, tokens_BQ, counts_B=1, drafts_B=0):
-    """What the next step may go on from: `last` with the last of the tokens that count, how many do, and the draft."""
-    size = len(tokens_BQ)
-    counts_B, drafts_B = (jnp.broadcast_to(x, size).astype(jnp.int32) for x in (counts_B, drafts_B))
-    tokens_B = jnp.take_along_axis(tokens_BQ, counts_B[:, None] - 1, axis=1)[:, 0]
-    return ranks.hold(last.at[:, :size].set(jnp.stack([tokens_B, counts_B, drafts_B])), WHOLE)
+def _keep(ranks, last, tokens_BQ, counts_B=1, drafts_BN=None):
+    """What the next step may go on from: `last` with the last of the tokens that count, how many do, and the drafts if there are any."""
+    counts_B1 = jnp.broadcast_to(counts_B, len(tokens_BQ)).astype(jnp.int32)[:, None]
+    kept = [jnp.take_along_axis(tokens_BQ, counts_B1 - 1, axis=1), counts_B1, *([] if drafts_BN is None else [drafts_BN])]
+    kept = jnp.concatenate(kept, axis=1).T
+    return ranks.hold(last.at[: kept.shape[0], : kept.shape[1]].set(kept), WHOLE)
 
 
 @functools.partial(
@@ -383,31 +382,40 @@ def _pick(ranks, last, logits_BQW, fed, bias_BQW, *, form, asked):
 
 @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"))
 def _draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, *, form, chunk):
-    """[the tokens, how many of them count, the one that the MTP module expects after those] in each row, the new cache, and `_keep` of it.
+    """[the tokens, how many of them count, those that the MTP module expects after these] in each row, the new cache, and `_keep` of it.
 
-    In a decode step column 1 holds the draft of the step before: it was the right input if it is what column 0 samples now, and then
-    the sample of column 1 counts as well. As the draft is one token, not a distribution, this is exact for draws as it is for argmax
-    (speculative sampling with a point mass: accepted with probability p(draft), and otherwise distributed as p without it).
+    In a decode step columns 1 and on hold the drafts of the step before: each was the right input if it is what the column before it
+    samples now and all before it were right, and then the sample of its own column counts as well. As a draft is one token, not a
+    distribution, this is exact for draws as it is for argmax (speculative sampling with a point mass: accepted with probability p(draft),
+    and otherwise distributed as p without it).
+
+    Drafts after the first take the module's own state in place of the model's. What these passes write into its pages lies behind what
+    counts: the next step writes there again.
     """
 
     def on_rank(params, caches, fields, hidden_BSD, tokens_BQ):
         rows, last_BQ = jnp.arange(len(tokens_BQ)), fields.last
-        accepted_B = jnp.zeros(len(tokens_BQ), bool)
-        if last_BQ.shape[1] == 2:
-            accepted_B = (fields.may_accept == 1) & (tokens_BQ[:, 0] == fields.tokens[:, 1])
+        right_BN = tokens_BQ[:, :-1] == fields.tokens[:, 1 : form[1]]
+        accepted_B = fields.may_accept * jnp.sum(jnp.cumprod(right_BN, axis=1), axis=1, dtype=jnp.int32)
         sampled_BS = jnp.zeros_like(fields.tokens).at[rows[:, None], last_BQ].set(tokens_BQ)
         next_BS = jnp.where(fields.next_tokens < 0, sampled_BS, fields.next_tokens)
         where = fields.positions, caches, fields.page_table, fields.lengths
         normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, *where, chunk=chunk)
-        normed_BD = normed_BSD[rows, last_BQ[rows, accepted_B.astype(jnp.int32)]]
-        drafts_B = greedy(_logits(decoder, params, normed_BD[:, None]))[:, 0]
-        return drafts_B, 1 + accepted_B.astype(jnp.int32), caches
+        column_B = last_BQ[rows, accepted_B]
+        normed_B1D, positions_B = normed_BSD[rows, column_B][:, None], fields.positions[rows, column_B]
+        drafts = [greedy(_logits(decoder, params, normed_B1D))]
+        while len(drafts) < len(last) - 2:
+            positions_B = jnp.where((positions_B >= 0) & (positions_B + 1 < fields.limits), positions_B + 1, -1)
+            where = positions_B[:, None], caches, fields.page_table, positions_B + 1
+            normed_B1D, caches = decoder.decode_mtp(params, normed_B1D, drafts[-1], *where, again=True)
+            drafts.append(greedy(_logits(decoder, params, normed_B1D)))
+        return jnp.concatenate(drafts, axis=1), 1 + accepted_B, caches
 
     in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 3)
     run = ranks.run(on_rank, in_specs, (ranks.rows, ranks.rows, ranks.pages))
-    drafts_B, counts_B, caches = run(params, caches, _Fields.of(fed, form), hidden_BSD, tokens_BQ)
-    outcome = ranks.hold(jnp.concatenate([tokens_BQ, counts_B[:, None], drafts_B[:, None]], axis=1), ranks.rows)
-    return outcome, caches, _keep(ranks, last, tokens_BQ, counts_B, drafts_B)
+    drafts_BN, counts_B, caches = run(params, caches, _Fields.of(fed, form), hidden_BSD, tokens_BQ)
+    outcome = ranks.hold(jnp.concatenate([tokens_BQ, counts_B[:, None], drafts_BN], axis=1), ranks.rows)
+    return outcome, caches, _keep(ranks, last, tokens_BQ, counts_B, drafts_BN)
 
 
 def _logits(decoder, params, normed_BQD):

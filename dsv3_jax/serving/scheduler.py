@@ -52,7 +52,7 @@ class Work(NamedTuple):
 class Scheduler:
     """Args: the pool; max_batch: requests that run at once, on all ranks; max_length: tokens of a request, prompt and answer;
     prefill_tokens: of a prefill step, on each rank; prefill_widths: widths of its rows; lookahead: tokens a decode step writes for each
-    request (2 with speculation)."""
+    request (1 and its drafts)."""
 
     def __init__(self, pool: PagePool, *, max_batch, max_length, prefill_tokens, prefill_widths: tuple[int, ...], lookahead=1):
         self.pool, self.max_batch, self.max_length = pool, max_batch, max_length
@@ -213,8 +213,9 @@ class Scheduler:
     def _grow(self, decoding: list[Request]) -> list[Request]:
         """Gives each request pages for its next step, oldest first; those who have them."""
         lost, lookahead = set(), self.lookahead
+        behind = max(lookahead - 2, 0)  # drafts after the first are made from what is written behind the step's tokens, for the time being
         for request in decoding:
-            reach = len(request.tokens) - 1 + (2 * lookahead if request.in_flight else lookahead)
+            reach = len(request.tokens) - 1 + (2 * lookahead if request.in_flight else lookahead) + behind
             while len(request.pages) * PAGE_SIZE < reach and request not in lost and len(request.pages) < pages_for(request.max_tokens):
                 if self.pool.num_free_on(request.rank):
                     request.pages.append(self.pool.allocate(request.rank))
@@ -232,7 +233,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
-        request.pages, request.page_keys, request.num_cached, request.draft = array("i"), [], 0, None
+        request.pages, request.page_keys, request.num_cached, request.drafts = array("i"), [], 0, []
         request.in_flight, request.lives = 0, request.lives + 1
 
 
