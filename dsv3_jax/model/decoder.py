@@ -207,7 +207,7 @@ class Decoder:
         return x_BSD, new_caches, stats
 
     def decode_mtp(
-        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk: str | None = None, again=False
+        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk=None, again=False
     ) -> tuple[jax.Array, dict]:
         """The MTP module over its own pages, caches["mtp"] [1, P, 64, C+R], after `decode` of the same positions.
 

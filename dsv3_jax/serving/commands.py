@@ -102,7 +102,8 @@ def batch(api: Api, options: argparse.Namespace) -> int:
     with Progress() as progress:
         failed = run_batch(api, options.input, options.output, seed=options.seed, progress=progress)
     if (stats := api.engine.stats).drafted:
-        print(f"drafts accepted: {stats.accepted} of {stats.drafted} ({', '.join(f'{part:.1%}' for part in stats.acceptance)})", file=sys.stderr)
+        by_place = ", ".join(f"{part:.1%}" for part in stats.acceptance)
+        print(f"drafts accepted: {stats.accepted} of {stats.drafted} ({by_place})", file=sys.stderr)
     if failed:
         print(f"{failed} lines failed: their records in {options.output} have an error", file=sys.stderr)
     return 1 if failed else 0

@@ -71,8 +71,9 @@ def _up_to(largest: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Result(NamedTuple):
-    """What a step gave: the row of each of its requests; outcome int32 [B, Q], the tokens sampled in each row, with speculation [B, Q + 1 + N],
-    how many of them count and the N tokens drafted to follow those behind them; log-probabilities, if a request asked for some."""
+    """What a step gave: the row of each of its requests; outcome int32 [B, Q], the tokens sampled in each row, with N drafts a step
+    [B, Q + 1 + N], how many of them count and the tokens drafted to follow those behind them; log-probabilities, if a request asked for
+    some."""
 
     rows: list[int]
     outcome: jax.Array

@@ -50,21 +50,22 @@ def against_a_whole_pass(reference, prompts, completions):
 
 @pytest.mark.parametrize("fp8_cache", [False, True], ids=["", "fp8-cache"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize("lengths", PROMPTS)
-def test_tokens_are_the_likeliest_of_a_whole_pass(lengths, precision, fp8_cache):
+@pytest.mark.parametrize("lengths, drafts", [("short", 0), ("long", 0), ("long", 3)], ids=["short", "long", "long-speculating"])
+def test_tokens_are_the_likeliest_of_a_whole_pass(lengths, drafts, precision, fp8_cache):
     params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0))
     reference = Decoder(CONFIG), params
     if precision == "fp8":
         params = jax.jit(to_fp8)(params)
         reference = Decoder(CONFIG, recipe("fp8_reference")), params
     lengths, options = PROMPTS[lengths]
-    engine = Engine(Decoder(CONFIG, recipe(precision)), params, max_batch=8, num_pages=128, fp8_cache=fp8_cache, **options)
+    options = options | dict(max_batch=8, num_pages=128, fp8_cache=fp8_cache, speculate=drafts)
+    engine = Engine(Decoder(CONFIG, recipe(precision)), params, **options)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in lengths]
     completions = engine.generate(prompts, PARAMS)
     assert engine.pool.num_free == engine.pool.num_pages
     far, error = against_a_whole_pass(reference, prompts, completions)
-    print(f"{precision}, FP8 cache {fp8_cache}: {far:.1%} of the tokens are not the likeliest, log-probabilities differ by {error:.4f}")
+    print(f"{precision}, FP8 cache {fp8_cache}, {drafts} drafts: {far:.1%} are not the likeliest, log-probabilities differ by {error:.4f}")
     assert far < LIMITS[precision, fp8_cache][0] and error < LIMITS[precision, fp8_cache][1]
 
 
