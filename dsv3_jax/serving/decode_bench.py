@@ -204,7 +204,7 @@ def compute_nothing() -> None:
     @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"), keep_unused=True)
     def draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, **options):
         counts_B = 1 + (jnp.arange(len(tokens_BQ)) % 10 < 7)
-        drafts_BN = jnp.zeros((len(tokens_BQ), len(last) - 2), jnp.int32)
+        drafts_BN = jnp.zeros((len(tokens_BQ), last.shape[1] - 2), jnp.int32)
         return jnp.concatenate([tokens_BQ, counts_B[:, None].astype(jnp.int32), drafts_BN], axis=1), caches, last
 
     runner._forward, runner._draft = forward, draft

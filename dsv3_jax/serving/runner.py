@@ -117,8 +117,8 @@ class Runner:
         self.load_LE = ranks.full(jax.ShapeDtypeStruct((decoder.config.num_moe_layers, decoder.config.n_routed_experts), jnp.int32), WHOLE)
         self._left: tuple = ()  # of the last decode step, to be overwritten by the next one
         self._batch: _Batch | None = None  # of the last decode step
-        # Of each row of the last step: token, how many counted, drafts.
-        self._last = ranks.full(jax.ShapeDtypeStruct((2 + speculate, ranks.count * shapes.batches[-1]), jnp.int32), WHOLE)
+        # Of each row of the last step: token, how many counted, drafts. Not the shape of `load_LE`: donated, they might change places.
+        self._last = ranks.full(jax.ShapeDtypeStruct((ranks.count * shapes.batches[-1], 2 + speculate), jnp.int32), WHOLE)
         self._row_of: dict[Request, int] = {}  # in the last step
         # XLA's allocator puts an array into the smallest gap that holds it.
         wall, _, other_wall = [ranks.full(jax.ShapeDtypeStruct((ranks.count * _GAP,), jnp.uint8), ranks.rows) for _ in range(3)]
@@ -321,7 +321,7 @@ def _feed(ranks, last, packed, form):
     """The step's fields with what the last step gave to the rows that go on from it, packed again. What is beyond a row's limit, as a step
     may be that was started before its row had ended, is written nowhere."""
     fields = _Fields.of(packed, form)
-    token_B, count_B, *drafts_NB = last[:, fields.source]
+    token_B, count_B, *drafts_NB = last[fields.source].T
     goes_on_B = fields.source >= 0
     tokens_BS, positions_BS = fields.tokens, fields.positions
     for column, new_B in enumerate((token_B, *drafts_NB)[: form[1]]):
@@ -339,7 +339,7 @@ def _keep(ranks, last, tokens_BQ, counts_B=1, drafts_BN=None):
     """What the next step may go on from: `last` with the last of the tokens that count, how many do, and the drafts if there are any."""
     counts_B1 = jnp.broadcast_to(counts_B, len(tokens_BQ)).astype(jnp.int32)[:, None]
     kept = [jnp.take_along_axis(tokens_BQ, counts_B1 - 1, axis=1), counts_B1, *([] if drafts_BN is None else [drafts_BN])]
-    kept = jnp.concatenate(kept, axis=1).T
+    kept = jnp.concatenate(kept, axis=1)
     return ranks.hold(last.at[: kept.shape[0], : kept.shape[1]].set(kept), WHOLE)
 
 
@@ -405,7 +405,7 @@ def _draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, *, 
         column_B = last_BQ[rows, accepted_B]
         normed_B1D, positions_B = normed_BSD[rows, column_B][:, None], fields.positions[rows, column_B]
         drafts = [greedy(_logits(decoder, params, normed_B1D))]
-        while len(drafts) < len(last) - 2:
+        while len(drafts) < last.shape[1] - 2:
             positions_B = jnp.where((positions_B >= 0) & (positions_B + 1 < fields.limits), positions_B + 1, -1)
             where = positions_B[:, None], caches, fields.page_table, positions_B + 1
             normed_B1D, caches = decoder.decode_mtp(params, normed_B1D, drafts[-1], *where, again=True)
