@@ -28,7 +28,8 @@ def cases(op):
     if op == "matmul":
         return [(Case(op, m, n, k), m) for m, n, k in dense_shapes.MNK if m in (64, 128, 4096)]
     if op == "grouped_matmul":
-        return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k in grouped_shapes.GROUPED if rows != 4096]
+        shapes = grouped_shapes.GROUPED + grouped_shapes.DECODE
+        return [(Case(op, rows, n, k, groups), groups * rows) for groups, rows, n, k in shapes if rows != 4096]
     if op == "masked_matmul":  # m: the expected count
         return [(Case(op, mean, n, k, groups), rows) for groups, mean, rows, n, k in grouped_shapes.MASKED]
     if op == "wgrad":

@@ -31,8 +31,9 @@ def decode_fp8(rows):
     return np.concatenate([codes.astype(np.float64) * np.repeat(scales, 128, axis=1), rope.astype(np.float64)], axis=1)
 
 
-def make_case(seed, lengths, *, heads, num_queries=1, width=576, layout="bfloat16", table_width=None):
-    """(q, pool, page_table, lengths, per-sequence float64 keys). Unused pages and slots are NaN, unused table entries far outside."""
+def make_case(seed, lengths, *, heads, num_queries=1, width=576, layout="bfloat16", table_width=None, growth=0.0):
+    """(q, pool, page_table, lengths, per-sequence float64 keys). Unused pages and slots are NaN, unused table entries far outside.
+    growth: of keys from token to token, so that ever larger scores come."""
     rng = np.random.default_rng(seed)
     used = [-(-n // PAGE) for n in lengths]
     table_width = table_width or max(1, *used)
@@ -45,7 +46,7 @@ def make_case(seed, lengths, *, heads, num_queries=1, width=576, layout="bfloat1
         pool = np.full((num_pages, PAGE, width), np.nan, layout)
     keys = []
     for b, length in enumerate(lengths):
-        rows = np.clip(rng.normal(size=(length, width)) / 10, -1, 1)
+        rows = np.clip(rng.normal(size=(length, width)) / 10, -1, 1) * (1 + growth * np.arange(length)[:, None])
         rows = encode_fp8(rows) if layout == "fp8" else rows.astype(layout)
         page_table[b, : used[b]] = [order.pop() for _ in range(used[b])]
         positions = np.arange(length)
