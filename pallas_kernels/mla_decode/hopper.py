@@ -33,8 +33,8 @@ from pallas_kernels.store import store
 
 ROWS = 64  # of a tile: heads times new tokens, the M of one wgmma
 HALF = LATENT // 2  # value columns of one warpgroup
-# Sums are rescaled only where a score exceeds the reference of the exponentials by this power of 2. It saves 3 to 6% of the time, but costs 1
-# to 8% where more than LAZY_TILES tiles read the same pages: presumably they drift apart, and pages are read from memory again.
+# Sums are rescaled only where a score exceeds the reference of the exponentials by this power of 2. That saves 3 to 6% of the time, but
+# costs 1 to 8% where more than LAZY_TILES tiles read the same pages: presumably they drift apart, and L2 has lost a page by then.
 SLACK, LAZY_TILES = 8.0, 2
 REGISTERS = {"float": (240, 24), "fp8": (216, 72)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
 FP8_COLUMNS = 64  # dequantised at a time

@@ -140,7 +140,9 @@ def test_lowers_for_a_gpu_all_shapes(shape):
 
 @pytest.mark.skipif(not aot.available(), reason="needs the dependency group aot")
 @pytest.mark.parametrize(
-    "shape", [Shape(128, 2, 128, 4096), Shape(128, 1, 128, 4096, fp8=True), Shape(128, 1, 16, 4096, fp8=True)], ids=str
+    "shape",
+    [Shape(64, 1, 128, 4096), Shape(128, 2, 128, 4096), Shape(128, 1, 128, 4096, fp8=True), Shape(128, 1, 16, 4096, fp8=True)],
+    ids=str,
 )
 def test_machine_code_does_not_spill(shape):
     with aot.kernels_compiled() as kernels:
