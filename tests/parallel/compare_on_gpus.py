@@ -8,6 +8,8 @@ that no step hangs, and how far first gradients and losses are apart. Prints a J
 first step, as part of the norm of one GPU's, "worst": that of a single array, "without pipe": the first against the same mesh without
 `pipe`, "loss": the largest difference of the first 20}
 
+What rounding alone does in so many steps says the case "data=1, rows reversed": one GPU again, which adds up every batch in another order.
+
 Buffers of the exchange are for whatever comes, so that no step is void. Everything is compiled before anything is run.
 """
 
@@ -46,6 +48,7 @@ MODEL = ModelConfig(
     rope_scaling=None,
 )
 ROWS, MICROBATCHES, COMPARED = 8, 4, 20
+REVERSED = "data=1, rows reversed"
 SCHEDULED = Scheduled(3e-4, 0.3, 1e-3)
 
 
@@ -111,14 +114,15 @@ def prepare(precision: str, cases: list[str], steps: int, length: int = 1024):
 
     def measure():
         references = {}
-        for name in names:
-            long = name in cases
-            losses, gradients, ms = runs[name].train(batches, steps if long else COMPARED + 2)
+        first, *others = names
+        for name in (first, REVERSED, *others):
+            rows = [batch[::-1] for batch in batches] if name == REVERSED else batches
+            losses, gradients, ms = runs[first if name == REVERSED else name].train(rows, steps if name in cases else COMPARED + 2)
             row = {"case": name, "steps": len(losses), "ms": round(ms, 1)}
             if references:
                 alone = references["data=1"]
                 row |= {"gradients": apart(gradients, alone[1]), "worst": worst(gradients, alone[1])}
-                if without_pipe(name) not in (name, "data=1"):
+                if name in cases and without_pipe(name) not in (name, "data=1"):
                     row |= {"without pipe": apart(gradients, references[without_pipe(name)][1])}
                 row |= {"loss": max(abs(a - b) for a, b in zip(losses[:COMPARED], alone[0]))}
             references[name] = losses, gradients
