@@ -112,9 +112,9 @@ def test_accumulation_is_in_place():
 
 
 @needs_compiler
-@pytest.mark.parametrize("quantise", [functools.partial(pk.quantize_tiles, implementation="reference"), pk.quantize_blocks])
-def test_codes_read_in_their_own_program_are_codes(quantise):
+def test_codes_read_in_their_own_program_are_codes():
     """Of a conversion to e4m3 and the one back XLA makes nothing on a GPU, and the reference would quantise nothing there."""
+    quantise = functools.partial(pk.quantize_tiles, implementation="reference")  # of blocks it keeps the codes in any case
     text = jax.jit(lambda x: quantise(x).dequantize()).lower(*aot.on_h200((array(256, 512),))).compile().as_text()
     assert "f8e4m3fn" in text
 
