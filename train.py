@@ -55,7 +55,7 @@ def train(argv: list[str]) -> int:
     if command.min_processes is not None and command.supervise is None:
         raise UserError("--min-processes says how few --supervise may go on with: give --supervise with it")
     if command.supervise is not None:
-        if command.process_id is None:
+        if command.process_id is None or "--coordinator" not in argv:
             return supervise(command, config, argv)
         processes.end_with_parent()
         argv = argv[: argv.index("--coordinator")]  # of a supervised process: the command that is shown is the user's
@@ -98,8 +98,8 @@ def supervise(command: Command, config: TrainConfig, argv: list[str]) -> int:
     most, least = command.supervise, command.supervise if command.min_processes is None else command.min_processes
     if not 1 <= least <= most:
         raise UserError(f"--supervise {most} and --min-processes {least}: give at least one process, and no more for the fewest")
-    if command.coordinator is not None or command.num_processes is not None:
-        raise UserError("--supervise starts the processes itself: leave --coordinator and --num-processes out")
+    if any(value is not None for value in (command.coordinator, command.num_processes, command.process_id)):
+        raise UserError("--supervise starts the processes itself: leave --coordinator, --num-processes and --process-id out")
     from dsv3_jax.training import supervisor
 
     return supervisor.run([sys.executable, *sys.argv[:1], *argv], config, most, least, command.fake_devices or 1)

@@ -197,6 +197,7 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--min-processes", "2"], "give --supervise with it"),
         (["--supervise", "2", "--min-processes", "3"], "--supervise 2 and --min-processes 3: give"),
         (["--supervise", "2", "--coordinator", "host:1"], "leave --coordinator"),
+        (["--supervise", "2", "--process-id", "0"], "leave --coordinator"),
         (["--model.vocab-size", "100", "--workdir", "{tmp}/run", *TEXT], "vocab_size is 100"),
         (["--model.bos-token-id", "7", "--workdir", "{tmp}/run", *TEXT], "bos_token is 0 and model.bos_token_id is 7: give"),
         (["{tmp}/nothing.py"], "returns a NoneType: it must return a dsv3_jax.config.TrainConfig"),

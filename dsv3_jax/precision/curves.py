@@ -130,7 +130,7 @@ def _study(config, params, rows, arguments) -> None:
 
 
 def compare(arguments) -> None:
-    """Prints the relative difference of the smoothed losses, and draws the curves."""
+    """Prints the relative difference of the smoothed losses at the end of the shortest run, and draws the curves."""
     runs = {path.stem: [json.loads(line)["main"] for line in path.open()] for path in sorted(arguments.curves.glob("*-*.jsonl"))}
     numbers = {precision: sum(name.startswith(f"{precision}-") for name in runs) for precision in ("bf16", "fp8")}
     if numbers["bf16"] < 2 or numbers["fp8"] < 1:
@@ -147,13 +147,19 @@ def compare(arguments) -> None:
     bf16, fp8 = of("bf16"), of("fp8")
     difference = fp8.mean(0) / bf16.mean(0) - 1
     deviation = bf16.std(0, ddof=1) / bf16.mean(0)
-    print(f"smoothed loss at the end: {', '.join(f'{name} {losses[-1]:.4f}' for name, losses in smoothed.items())}")
+    print(f"mean loss of the {WINDOW} steps to {shortest}: {', '.join(f'{name} {losses[-1]:.4f}' for name, losses in smoothed.items())}")
     print(f"FP8 over the mean of {len(bf16)} BF16 seeds: {difference[-1]:+.3%} (a seed's standard deviation: {deviation[-1]:.3%})")
+    seeds = [name.removeprefix("fp8-") for name in runs if name.startswith("fp8-")]
+    pairs = [smoothed[f"fp8-{seed}"][-1] / smoothed[f"bf16-{seed}"][-1] - 1 for seed in seeds if f"bf16-{seed}" in runs]
+    if len(pairs) > 1:
+        error = np.std(pairs, ddof=1) / len(pairs) ** 0.5
+        print(f"pairs of a seed: {', '.join(f'{d:+.3%}' for d in pairs)}; mean {np.mean(pairs):+.3%}, standard error {error:.3%}")
     if arguments.plot:
-        _plot(smoothed, difference, deviation, arguments.plot)
+        _plot(smoothed, bf16.mean(0), difference, deviation, arguments.plot)
 
 
-def _plot(smoothed, difference, deviation, path) -> None:
+def _plot(smoothed, mean, difference, deviation, path) -> None:
+    """Losses above, below them every run's over the mean of BF16."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,13 +168,15 @@ def _plot(smoothed, difference, deviation, path) -> None:
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7, 6))
     steps = np.arange(len(difference)) + WINDOW
     for name, losses in smoothed.items():
-        above.plot(steps, losses, label=name, linewidth=1, linestyle="-" if name.startswith("fp8") else "--")
+        style = {"linewidth": 1, "linestyle": "-" if name.startswith("fp8") else "--"}
+        [line] = above.plot(steps, losses, label=name, **style)
+        below.plot(steps, 100 * (losses / mean - 1), color=line.get_color(), **style)
     above.set(ylabel=f"loss, mean of {WINDOW} steps")
     above.legend()
-    below.plot(steps, 100 * difference, label="FP8 over the mean of BF16")
+    below.plot(steps, 100 * difference, color="black", label="the mean of FP8")
     below.fill_between(steps, -200 * deviation, 200 * deviation, alpha=0.2, label="two standard deviations of BF16 seeds")
-    below.set(ylabel="%", xlabel="step")
-    below.legend()
+    below.set(ylabel="over the mean of BF16, %", xlabel="step")
+    below.legend(loc="upper left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -26,7 +26,8 @@ def draw(run: Path, output: Path) -> None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, bits = figure.subplots(1, 2)
     for name, label in (("main", "next token"), ("mtp", "the one after (MTP)")):
-        loss.plot(*zip(*[(m["step"], m[name]) for m in metrics if m.get(name) is not None]), label=label, linewidth=1)
+        if points := [(m["step"], m[name]) for m in metrics if m.get(name)]:  # 0 in a model without MTP
+            loss.plot(*zip(*points), label=label, linewidth=1)
     heldout = [(m["step"], m["heldout_loss"]) for m in metrics if "heldout_loss" in m]
     if not heldout:
         raise UserError(f"{run} has no held-out loss yet: train on, or hold text out (data.heldout_fraction)")

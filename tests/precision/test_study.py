@@ -47,7 +47,8 @@ def test_one_batch_has_no_spread():
 
 
 def test_curves_compared(tmp_path, capsys):
-    """Means of the last hundred steps; a spread of BF16 seeds, which one seed has not; runs in the reference are not among those in FP8."""
+    """Means of the last hundred steps of the shortest run; a spread of BF16 seeds, which one seed has not; pairs of FP8 and BF16 with the
+    same seed; runs in the reference are not among those in FP8."""
 
     def run(name, last, steps=150):
         losses = [9.0] * (steps - 100) + [last - 0.5, last + 0.5] * 50
@@ -62,7 +63,16 @@ def test_curves_compared(tmp_path, capsys):
     run("bf16-1", 4.1)
     compare()
     mean, deviation = 4.05, 0.05 * np.sqrt(2)
-    assert f"{4.2 / mean - 1:+.3%} (a seed's standard deviation: {deviation / mean:.3%})" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{4.2 / mean - 1:+.3%} (a seed's standard deviation: {deviation / mean:.3%})" in printed and "pairs" not in printed
+    run("fp8-1", 4.305)
+    run("fp8-2", 5.0)  # no pair
+    compare()
+    assert "pairs of a seed: +5.000%, +5.000%; mean +5.000%, standard error 0.000%" in capsys.readouterr().out
+    run("bf16-2", 5.0, steps=140)
+    compare()
+    printed = capsys.readouterr().out
+    assert "the 100 steps to 140: bf16-0 4.5000, bf16-1 4.5900, bf16-2 5.0000, fp8-0 4.6800" in printed  # of the others ten steps at 9
     (tmp_path / "bf16-2.jsonl").write_text('{"main": 4.0}\n' * 99)
     with pytest.raises(UserError, match="has 99 steps"):
         compare()
