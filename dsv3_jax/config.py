@@ -20,6 +20,12 @@ def _check_at_least(least: int, config: Any, *names: str) -> None:
             raise UserError(f"{name}={value} must be at least {least}{' and finite' if isinstance(value, float) else ''}")
 
 
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not (value := getattr(config, name)) > 0:
+            raise UserError(f"{name}={value} must be more than 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """YaRN, as `rope_scaling` in config.json (type "yarn")."""
@@ -33,6 +39,8 @@ class RopeScaling:
 
     def __post_init__(self):
         _check_at_least(1, self, "factor", "original_max_position_embeddings")
+        _check_at_least(0, self, "mscale", "mscale_all_dim")
+        _check_positive(self, "beta_fast", "beta_slow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,9 @@ class ModelConfig:
         _check_at_least(1, self, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         _check_at_least(1, self, "max_position_embeddings")
         _check_at_least(0, self, "n_shared_experts", "num_nextn_predict_layers", "rms_norm_eps", "initializer_range")
+        _check_at_least(0, self, "routed_scaling_factor")
+        if not 1 < self.rope_theta < math.inf:
+            raise UserError(f"rope_theta={self.rope_theta} must be more than 1 and finite")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise UserError(f"first_k_dense_replace={self.first_k_dense_replace} must lie in 0..num_hidden_layers={self.num_hidden_layers}")
         if self.qk_rope_head_dim % 2:
@@ -157,9 +168,7 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise UserError(f"{name}={value} must lie in 0..1, 1 excluded")
-        for name in ("eps", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be more than 0")
+        _check_positive(self, "eps", "clip_norm")
         if not 0 <= self.decay_start <= self.decay_end <= self.tail_start:
             raise UserError("decay_start <= decay_end <= tail_start must hold: they are the phases of the learning rate, in order")
 

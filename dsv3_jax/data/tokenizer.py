@@ -80,8 +80,14 @@ class Tokenizer:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
         except ValueError as error:
             raise UserError(f"{config_path} is not valid JSON ({error}): restore the file") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{config_path} is no JSON object: restore the file")
         if template_path.exists():
             config["chat_template"] = template_path.read_text(encoding="utf-8")
+        templates = config.get("chat_template")
+        for template in templates if isinstance(templates, list) else []:
+            if not isinstance(template, dict) or not {"name", "template"} <= template.keys():
+                raise UserError(f"{config_path}: chat_template is a list of {template!r}, not of named templates: restore the file")
         try:
             return cls(text, config)
         except UserError:
@@ -151,7 +157,7 @@ class Tokenizer:
     def _special(self, key: str) -> str:
         token = self.config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if token is None:
+        if not isinstance(token, str):
             raise UserError(f"tokenizer_config.json names no {key}: add it")
         return token
 

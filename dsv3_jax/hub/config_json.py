@@ -63,7 +63,7 @@ def parse(values: dict, where: str | Path = "config.json") -> ModelConfig:
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
             raise UserError(f"{where}: {name}={values[name]!r} is not supported: only {only!r} is")
-    quantization = values.get("quantization_config")
+    quantization = _nested(values, "quantization_config", where)
     if quantization and any(quantization.get(name) != _QUANTIZATION[name] for name in ("quant_method", "weight_block_size")):
         raise UserError(f"{where}: quantization_config {quantization} is not supported: only quant_method fp8 in blocks of [128, 128] is")
     values = _with_rope_scaling(values, where)
@@ -73,14 +73,7 @@ def parse(values: dict, where: str | Path = "config.json") -> ModelConfig:
     if missing := sorted(fields - given.keys() - absent.keys()):
         raise UserError(f"{where} lacks {', '.join(missing)}: use the config.json that came with the model")
     made = absent | {name: value for name, value in given.items() if name in fields}
-    for name, kind in typing.get_type_hints(ModelConfig).items():
-        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
-        if made[name] not in choices if choices else not isinstance(made[name], int | float | RopeScaling | None):
-            raise UserError(f"{where}: {name}={made[name]!r} is not supported: {' or '.join(map(repr, choices or ['a number']))} is")
-    try:
-        return ModelConfig(**made)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    return _make(ModelConfig, made, where)
 
 
 def render(config: ModelConfig, precision: str) -> dict:
@@ -101,15 +94,44 @@ def render(config: ModelConfig, precision: str) -> dict:
 
 
 def _architecture(values: dict, where: str | Path) -> str:
-    named = values.get("architectures") or [_MODEL_TYPES.get(values.get("model_type"), values.get("model_type"))]
-    if named[0] not in _ARCHITECTURES:
-        raise UserError(f"{where}: architecture {named[0]} is not supported: only {' and '.join(_ARCHITECTURES)} are")
-    return named[0]
+    named, model_type = values.get("architectures"), str(values.get("model_type"))
+    named = str(named[0] if named and isinstance(named, list) else named or _MODEL_TYPES.get(model_type, model_type))
+    if named not in _ARCHITECTURES:
+        raise UserError(f"{where}: architecture {named} is not supported: only {' and '.join(_ARCHITECTURES)} are")
+    return named
+
+
+def _nested(values: dict, name: str, where: str | Path) -> dict:
+    """The object that a field holds; an empty one where the field is null or absent."""
+    found = values.get(name)
+    if not isinstance(found, dict | None):
+        raise UserError(f"{where}: {name}={found!r} is not supported: an object or null is")
+    return dict(found or {})
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+
+
+def _make(cls: type, values: dict, where: str | Path, prefix: str = "") -> typing.Any:
+    """The config of those fields. Raises UserError that names the first with a value of another type than its own."""
+    for name, kind in typing.get_type_hints(cls).items():
+        value, allowed = values[name], typing.get_args(kind) or (kind,)
+        if typing.get_origin(kind) is typing.Literal:
+            fits, shown = value in allowed, map(repr, allowed)
+        else:  # by the type itself, since True is an int to Python; JSON writes 1.0 as 1 as well
+            fits = type(value) in allowed or (float in allowed and type(value) is int)
+            shown = (_KINDS[kind] for kind in allowed if kind in _KINDS)
+        if not fits:
+            raise UserError(f"{where}: {prefix}{name}={value!r} is not supported: {' or '.join(shown)} is")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _with_rope_scaling(values: dict, where: str | Path) -> dict:
     """The values with `rope_scaling` a RopeScaling or None, and `rope_theta`, whichever way the file says it."""
-    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    scaling = _nested(values, "rope_parameters", where) or _nested(values, "rope_scaling", where)
     values = values | ({"rope_theta": scaling["rope_theta"]} if "rope_theta" in scaling else {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -122,4 +144,5 @@ def _with_rope_scaling(values: dict, where: str | Path) -> dict:
     unknown = scaling.keys() - defaults.keys() - {"type", "rope_type", "rope_theta"}
     if lacking or unknown:
         raise UserError(f"{where}: rope_scaling {'lacks' if lacking else 'has the unknown'} {', '.join(sorted(lacking or unknown))}")
-    return values | {"rope_scaling": RopeScaling(**{name: scaling.get(name, default) for name, default in defaults.items()})}
+    made = {name: scaling.get(name, default) for name, default in defaults.items()}
+    return values | {"rope_scaling": _make(RopeScaling, made, where, "rope_scaling.")}

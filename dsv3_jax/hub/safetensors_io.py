@@ -6,6 +6,8 @@ writer holds one tensor at a time.
 """
 
 import json
+import math
+import operator
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +68,7 @@ def open_checkpoint(directory: Path) -> dict[str, Stored]:
     try:
         file_of = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(file_of.values()))
+        "".join(files)  # raises TypeError where they are no names
     except OSError as error:
         raise _unreadable(index_path, error) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -94,7 +97,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        bounds = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in entries.items()}
+        bounds = {name: _bounds(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has a damaged header ({error!r}): download it again") from error
     end = 8 + length + max((stop for *_, stop in bounds.values()), default=0)
@@ -104,10 +107,18 @@ def read_header(path: Path) -> dict[str, Stored]:
     for name, (code, shape, start, stop) in bounds.items():
         if code not in _DTYPES:
             raise UserError(f"{path}: {name} has dtype {code}, which is not supported: only {', '.join(_DTYPES)} are")
-        if stop - start != _DTYPES[code].itemsize * int(np.prod(shape)):
+        if stop - start != _DTYPES[code].itemsize * math.prod(shape):
             raise UserError(f"{path}: {name} is {stop - start} bytes, which {code} {list(shape)} is not; download it again")
         stored[name] = Stored(path, 8 + length + start, shape, _DTYPES[code])
     return stored
+
+
+def _bounds(entry: dict) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, start, stop) of a tensor in a header; raises ValueError, KeyError or TypeError where it is none."""
+    shape, (start, stop) = tuple(map(operator.index, entry["shape"])), map(operator.index, entry["data_offsets"])
+    if min(start, *shape) < 0:
+        raise ValueError(f"a tensor of shape {list(shape)} that begins at {start}")
+    return str(entry["dtype"]), shape, start, stop
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -210,6 +210,8 @@ def test_errors_are_one_line(tmp_path):
     assert "byte-level" in message(tokenizer=json.dumps(json.loads(good) | {"decoder": None}))
     assert "bos_token" in message(tokenizer=good, tokenizer_config='{"add_bos_token": true}')
     assert "tokenizer_config.json" in message(tokenizer_config="{")
+    assert "tokenizer_config.json is no JSON object" in message(tokenizer=good, tokenizer_config="[]")
+    assert "not of named templates" in message(tokenizer=good, tokenizer_config='{"chat_template": [{"name": "default"}]}')
     with pytest.raises(UserError, match="at least 266"):
         Tokenizer.train(["x"], 265)
     with pytest.raises(UserError, match="no chat template"):

@@ -316,6 +316,34 @@ def test_a_damaged_header(copy_of):
     refused(directory, "has a damaged header")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": ["384", "64"], "data_offsets": [0, 98304]},
+        {"dtype": "F32", "shape": [384, 64], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [384, 64], "data_offsets": ["0", "98304"]},
+        {"dtype": "F32", "shape": [-1, 64], "data_offsets": [256, 0]},
+        {"dtype": "F32", "shape": [384, 64], "data_offsets": [-98304, 0]},
+        {"shape": [384, 64], "data_offsets": [0, 98304]},
+        None,
+    ],
+)
+def test_a_header_of_other_values(copy_of, entry):
+    directory = copy_of("tiny_s_plain")
+    data = (directory / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]) | {"lm_head.weight": entry}).encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    refused(directory, "has a damaged header")
+
+
+@pytest.mark.parametrize("index", [[], {"weight_map": None}, {"weight_map": {"lm_head.weight": 1}}])
+def test_an_index_of_other_values(copy_of, index):
+    directory = copy_of("tiny_s_plain")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(directory, "is not an index of safetensors files")
+
+
 def test_a_shard_is_missing_or_cut_short(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "_SHARD_BYTES", 300_000)
     hub.save(dsv3_jax.load(MODELS / "tiny_s_plain"), tmp_path / "out", precision="float32")
