@@ -23,7 +23,8 @@ _BLOCK_PAGES = 16
 
 
 class Positions(NamedTuple):
-    """What attention must know of where tokens stand. positions [B, S] int32; segment_ids [B, S] int32 or None (one document a row)."""
+    """What attention must know of where tokens stand: rotary tables cos, sin [B, S, R/2] float32; segment_ids [B, S] int32 or None (one
+    document a row)."""
 
     cos: jax.Array
     sin: jax.Array

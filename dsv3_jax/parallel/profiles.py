@@ -194,7 +194,7 @@ def measured_times(events: list[Event], text: str, slower: float) -> str:
 
 
 def busy(devices: list[list[tuple[float, float, str, bool]]]) -> dict[str, Busy]:
-    """`profile` from each device's kernels, as `_kernels` gives them."""
+    """`profile` from each device's kernels, as `kernels_of` gives them."""
     found = {}
     for group in sorted({group for kernels in devices for _, _, group, _ in kernels}):
         rows = []
