@@ -3,7 +3,7 @@
 Time is cut into ticks. In every tick each rank runs one action, then all ranks exchange the results with their neighbours, and what
 arrives is stored for a later tick. Values that wait are kept in rings of a fixed number of slots; who sits where is decided here:
 
-    residuals   written by a forward, read by its backward, or by its input and by its weight gradient
+    residuals   written by a forward, read by its backward or its input gradient
     stash       written by an input gradient, read by its weight gradient
     forward[p]  input of chunk p, arrived from its producer
     backward[p] cotangent of the output of chunk p, arrived from its consumer. At the last stage it is there as soon as the forward is
@@ -29,7 +29,7 @@ MESSAGES = ("F0", "B0", "F1", "B1")
 
 NONE = -1  # in every column: nothing to read, or nothing to keep
 
-COLUMNS = ("f_microbatch", "f_input", "f_residual", "b_microbatch", "b_input", "b_residual", "b_stash", "w_residual", "w_stash")
+COLUMNS = ("f_microbatch", "f_input", "f_residual", "b_microbatch", "b_input", "b_residual", "b_stash", "w_stash")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Table:
     b_input: np.ndarray  # slot of backward[p]
     b_residual: np.ndarray  # slot to read
     b_stash: np.ndarray  # slot to write, for an input gradient
-    w_residual: np.ndarray  # slot to read
     w_stash: np.ndarray  # slot to read
     keep_forward: np.ndarray  # [ticks, ranks, chunks]: slot of forward[p] for what arrives at the end of the tick
     keep_backward: np.ndarray  # [ticks, ranks, chunks]: slot of backward[p] for what arrives at the end of the tick
@@ -88,7 +87,7 @@ def make_table(schedule: Schedule) -> Table:
 
     for rank in range(schedule.num_ranks):
         forward, backward, weight = (ticks[rank][name] for name in ("F", "B", "W"))
-        residual, used = colour((forward[x], weight.get(x, backward[x]), x) for x in forward)
+        residual, used = colour((forward[x], backward[x], x) for x in forward)
         slots["residual"] = max(slots["residual"], used)
         stash, used = colour((backward[x], weight[x], x) for x in weight)
         slots["stash"] = max(slots["stash"], used)
@@ -98,7 +97,6 @@ def make_table(schedule: Schedule) -> Table:
                 column[f"{name}_residual"][tick, rank] = residual[p, c]
         for x in weight:
             column["b_stash"][backward[x], rank] = column["w_stash"][weight[x], rank] = stash[x]
-            column["w_residual"][weight[x], rank] = residual[x]
 
         for p in range(chunks):
             # The cotangent of the last stage's output comes with its own forward.
