@@ -131,19 +131,14 @@ def prepare(
     return Prepared.open(_make_once(Path(directory), f"rows-{key}", make))
 
 
-def gzip9_bits_per_byte(texts: Iterable[str | bytes]) -> float:
-    """Bits per byte of `gzip -9` over `texts`, each compressed by itself (no file name stored, as by `gzip -9 -n`)."""
-    raws = [text.encode() if isinstance(text, str) else text for text in texts]
-    return sum(map(_gzip9_bits, raws)) / sum(map(len, raws))
+def gzip9_bits(raw: bytes) -> int:
+    """Bits of what `gzip -9 -n` makes of it (no file name stored)."""
+    return 8 * len(gzip.compress(raw, 9, mtime=0))
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """Of a summed loss in nats over text of `num_bytes`, e.g. the loss over all held-out rows and `prepared.heldout.bytes`."""
     return nats / math.log(2) / num_bytes
-
-
-def _gzip9_bits(raw: bytes) -> int:
-    return 8 * len(gzip.compress(raw, 9, mtime=0))
 
 
 def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, fim_rate: float, seed: int) -> dict:
@@ -173,7 +168,7 @@ def _write_rows(folder: Path, corpus: Corpus, tokenizer: Tokenizer, sequence_len
             counts[split]["tokens"] += len(tokens)
             counts[split]["bytes"] += len(raw)
             if split == "heldout":
-                gzip_bits += _gzip9_bits(raw)
+                gzip_bits += gzip9_bits(raw)
                 # A tokenizer without BOS has documents begin after the EOS of the one before, here as in training.
                 write(split, tokens if _prefix(tokenizer) else np.concatenate([np.array([tokenizer.eos_id], dtype), tokens]))
         stream = np.concatenate([stream, *(tokens for tokens, split in zip(encoded, split_of) if split == "train")])
