@@ -215,7 +215,8 @@ class TrainConfig:
         if not 1 <= first <= self.batch_size:
             raise UserError(f"batch_ramp_from={first} must lie in 1..batch_size={self.batch_size}")
         if micro is not None and (micro < 1 or self.batch_size % micro or first % micro):
-            raise UserError(f"microbatch_size={micro} must divide batch_size={self.batch_size} and batch_ramp_from={first}")
+            ramp = f" and batch_ramp_from={first}" if self.batch_ramp_from else ""
+            raise UserError(f"microbatch_size={micro} must divide batch_size={self.batch_size}{ramp}")
 
 
 def to_dict(config: Any) -> dict:

@@ -90,6 +90,15 @@ def test_logits(reference, name, ids):
     close(model(expected[ids]), expected[f"logits_{ids}"], 1e-4)
 
 
+def test_packed_documents_are_as_if_alone(reference):
+    """Both rows of ids48 one behind the other."""
+    model, expected = reference("tiny_s_plain")
+    count, length = expected["ids48"].shape
+    segments, positions = np.divmod(np.arange(count * length, dtype=np.int32)[None], length)
+    logits = jax.jit(model.apply)(model.params, expected["ids48"].reshape(1, -1), positions=positions, segment_ids=segments)
+    close(logits, expected["logits_ids48"].reshape(1, count * length, -1), 1e-4)
+
+
 @pytest.mark.parametrize("name", V3)
 def test_hidden_states_and_routers_of_every_layer(reference, name):
     model, expected = reference(name)
