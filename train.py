@@ -80,16 +80,16 @@ def train(argv: list[str]) -> int:
     result = loop.run(config)
     if jax.process_index() > 0:
         return 0 if result.stopped_by is None else 128 + result.stopped_by
-    again = shlex.join(["python", "train.py", *argv])
     if result.stopped_by is not None:
-        print(f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}; go on with:\n  {again}")
+        print(f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}; go on with:\n  {going_on(argv)}")
         return 128 + result.stopped_by
     if result.heldout_bits_per_byte is not None:
         gzip = result.prepared.heldout_gzip9_bits_per_byte
         print(f"held-out text: {result.heldout_bits_per_byte:.3f} bits per byte (gzip -9 of the same files: {gzip:.3f})")
     if jax.process_count() == 1:
         print_sample(result)
-    print(f"train on:  {with_steps(argv, 2 * config.steps)}\ngenerate:  python serve.py {result.directory} --prompt 'import '")
+    serve = shlex.join([*runner(), "serve.py", str(result.directory), "--prompt", "import "])
+    print(f"train on:  {going_on(argv, 2 * config.steps)}\ngenerate:  {serve}")
     return 0
 
 
@@ -105,10 +105,16 @@ def supervise(command: Command, config: TrainConfig, argv: list[str]) -> int:
     return supervisor.run([sys.executable, *sys.argv[:1], *argv], config, most, least, command.fake_devices or 1)
 
 
-def with_steps(argv: list[str], steps: int) -> str:
-    """The same command with another number of steps."""
-    others = [arg for before, arg in zip(["", *argv], argv) if "--steps" not in (before, arg) and not arg.startswith("--steps=")]
-    return shlex.join(["python", "train.py", *others, "--steps", str(steps)])
+def going_on(argv: list[str], steps: int | None = None) -> str:
+    """The same command, with another number of steps if one is given. --resume is left out: it would go back to where this run began."""
+    replaced = ["--resume"] if steps is None else ["--resume", "--steps"]
+    others = [arg for before, arg in zip(["", *argv], argv) if before not in replaced and arg.partition("=")[0] not in replaced]
+    return shlex.join([*runner(), "train.py", *others, *([] if steps is None else ["--steps", str(steps)])])
+
+
+def runner() -> list[str]:
+    """How this process was started, for commands that are to be copied: uv says so to what it runs."""
+    return ["uv", "run"] if "UV" in os.environ else ["python"]
 
 
 def parse(recipe: TrainConfig, options: list[str]) -> Command:

@@ -236,9 +236,14 @@ def test_ctrl_c_ends_at_once(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
-def test_commands_to_go_on(command_module):
-    for argv in (["tiny", "--workdir", "a b"], ["tiny", "--steps", "7", "--workdir", "a b"], ["tiny", "--steps=7", "--workdir", "a b"]):
-        assert command_module.with_steps(argv, 14) == "python train.py tiny --workdir 'a b' --steps 14"
+def test_commands_to_go_on(command_module, monkeypatch):
+    monkeypatch.delenv("UV", raising=False)
+    for options in ([], ["--steps", "7"], ["--steps=7"], ["--resume", "never"], ["--resume=runs/tiny/100", "--steps", "7"]):
+        argv = ["tiny", *options, "--workdir", "a b"]
+        assert command_module.going_on(argv, 14) == "python train.py tiny --workdir 'a b' --steps 14"
+    assert command_module.going_on(["tiny", "--steps", "7", "--resume", "never"]) == "python train.py tiny --steps 7"
+    monkeypatch.setenv("UV", "/usr/bin/uv")  # as `uv run` sets it
+    assert command_module.going_on([], 14) == "uv run train.py --steps 14"
 
 
 def test_help_does_not_import_jax(tmp_path):
