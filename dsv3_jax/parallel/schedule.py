@@ -17,10 +17,13 @@ Sources: GPipe (arXiv:1811.06965), 1F1B (PipeDream-Flush, arXiv:2006.09503), ZB-
 DualPipe (DeepSeek-V3 report, section 3.2.1, figure 5) and its V-shaped form. `schedule_table` turns a schedule into the executor's table.
 """
 
-import argparse
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from dsv3_jax import command_line
+from dsv3_jax.errors import UserError
 
 Action = tuple[str | int, ...]
 
@@ -307,7 +310,7 @@ def _peak_activations(actions: tuple[Action, ...]) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.parallel.schedule", description="Draw a pipeline schedule.")
+    parser = command_line.Parser(prog="python -m dsv3_jax.parallel.schedule", description="Draw a pipeline schedule.")
     commands = parser.add_subparsers(dest="command", required=True)
     draw = commands.add_parser("draw", help="a picture of the schedule, like figure 5 of the DeepSeek-V3 report")
     draw.add_argument("--kind", choices=KINDS, default="dualpipev")
@@ -321,8 +324,8 @@ def main(argv: list[str] | None = None) -> None:
         schedule = build(options.kind, num_ranks=options.ranks, num_microbatches=options.microbatches)
         draw(schedule, simulate(schedule, {"F": 1, "I": 1, "W": 1}), options.output)
     except (ValueError, ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

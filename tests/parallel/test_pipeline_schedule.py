@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.schedule import KINDS, build, main, simulate, validate
 from dsv3_jax.parallel.schedule_draw import STYLE
 from dsv3_jax.parallel.schedule_table import MESSAGES, make_table
@@ -262,6 +263,7 @@ def test_draw_writes_a_picture(tmp_path):
     "arguments, hide, message",
     [
         (["--kind", "dualpipe", "--ranks", "7"], False, "use 6 or 8"),
+        (["--kind", "vpp"], False, "invalid choice: 'vpp'"),
         ([], True, "extra `plots`"),
     ],
 )
@@ -269,7 +271,7 @@ def test_draw_fails_in_one_line(tmp_path, monkeypatch, arguments, hide, message)
     if hide:
         for name in ("matplotlib", "matplotlib.figure", "matplotlib.patches"):
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         main(["draw", *arguments, "--output", str(tmp_path / "out.png")])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.png").exists()
