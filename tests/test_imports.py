@@ -18,7 +18,6 @@ LAYERS = [
     ["dsv3_jax.parallel", "dsv3_jax.hub", "dsv3_jax.checkpoint", "dsv3_jax.data"],
     ["dsv3_jax.training", "dsv3_jax.serving"],
     ["dsv3_jax.api"],
-    ["dsv3_jax.posttraining", "dsv3_jax.evaluation", "dsv3_jax.planning"],
     ["configs"],
     ["train", "serve"],
 ]

@@ -7,6 +7,7 @@ batches on one device.
 its global norm) after the first, "bias": that of the router biases at the end}
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -24,36 +25,16 @@ if __name__ == "__main__" and sys.argv[1] == "float64":
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.config import OptimizerConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.precision import FLOAT32
 from dsv3_jax.training import router_bias
 from dsv3_jax.training.schedules import Scheduled
 from dsv3_jax.training.step import Trainer
-from tests import draw
+from tests import draw, micro
 
-MODEL = ModelConfig(
-    vocab_size=96,
-    hidden_size=32,
-    num_hidden_layers=2,
-    intermediate_size=48,
-    num_attention_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    first_k_dense_replace=1,
-    moe_intermediate_size=16,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    rope_scaling=None,
-    max_position_embeddings=64,
-    initializer_range=0.1,
-)
+MODEL = dataclasses.replace(micro.MODEL, vocab_size=96, max_position_embeddings=64, initializer_range=0.1)
 STEPS = 3
 
 

@@ -5,32 +5,12 @@ import dataclasses
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from tests.micro import write_corpus
+from tests.micro import MODEL, write_corpus
 
 
 @pytest.fixture(scope="session")
 def micro_model() -> ModelConfig:
-    return ModelConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=48,
-        num_attention_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-        moe_intermediate_size=16,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=4,
-        topk_group=2,
-        rope_scaling=None,
-        max_position_embeddings=64,
-        initializer_range=0.05,
-    )
+    return dataclasses.replace(MODEL, max_position_embeddings=64, initializer_range=0.05)
 
 
 @pytest.fixture(scope="session")
