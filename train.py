@@ -125,7 +125,9 @@ def parse(recipe: TrainConfig, options: list[str]) -> Command:
         name = option.partition("=")[0].removeprefix("--").replace("_", "-")
         if option.startswith("--") and name not in known and name.removeprefix("no-") not in known:
             raise UserError(f"unknown option --{name}{did_you_mean(name, known)}: --help lists them")
-    options = {"default": default, "args": options, "prog": "train.py", "config": (tyro.conf.AvoidSubcommands,)}
+    options = {"default": default, "args": options, "prog": "train.py [RECIPE]", "config": (tyro.conf.AvoidSubcommands,)}
+    description = f"{__doc__}Recipes: {', '.join(recipes.names())}. The defaults below are those of the one that is named."
+    options["description"] = description.replace("\n", "\n\n")  # else tyro joins the lines
     return command_line.parsed(lambda: tyro.cli(Command, **options))
 
 

@@ -24,8 +24,13 @@ def model_config(name: str) -> ModelConfig:
     return _call(name, "model", ModelConfig)
 
 
+def names() -> list[str]:
+    """Those of configs/."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+
+
 def _call(name: str, function: str, returns: type):
-    known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+    known = names()
     path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
     if not path.is_file():
         raise UserError(f"unknown recipe {name!r}{did_you_mean(name, known)}: choose one of {', '.join(known)}, or a path of a .py file")

@@ -252,6 +252,7 @@ def test_help_does_not_import_jax(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "--model.hidden-size INT" in done.stdout and "--dry-run" in done.stdout
+    assert "Recipes: deepseek_v3, moonlight_16b, small, tiny, v2_lite_16b." in done.stdout
 
 
 def test_dry_run_of_the_671b_model_on_fake_devices(environment):
