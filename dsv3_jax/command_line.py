@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv3_jax.errors import UserError
 
-WRONG_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT  # exit statuses
+WRONG_INPUT, INTERRUPTED, NOBODY_READS = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit statuses
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,16 +50,22 @@ def deferred(function: Callable) -> Callable:
 
 
 def run(command: Callable[[], Any]) -> int:
-    """The exit status of a command: what it returns (None: 0), or 2 after a UserError, printed in one line.
+    """The exit status of a command: what it returns (None: 0), or 2 after a UserError, printed in one line; 141 where a pipe is closed.
 
     Ctrl-C ends the process here, with 130: while Python shuts down Orbax may not start the threads that a save in flight needs, and that
     save would never let the process go.
     """
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {'; '.join([str(error), *notes(error)])}", file=sys.stderr)
         return WRONG_INPUT
+    except BrokenPipeError:  # whoever read what is printed has read enough; Python would try once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(INTERRUPTED)

@@ -255,6 +255,13 @@ def test_help_does_not_import_jax(tmp_path):
     assert "Recipes: deepseek_v3, moonlight_16b, small, tiny, v2_lite_16b." in done.stdout
 
 
+def test_a_reader_that_has_enough():
+    """As `head`."""
+    process = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=300)) == (b"", 141)
+
+
 def test_dry_run_of_the_671b_model_on_fake_devices(environment):
     argv = ["deepseek_v3", "--dry-run", "--fake-devices", "8", "--mesh", "data=2,expert=4"]
     done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
