@@ -132,7 +132,7 @@ def load(
         config, values = hub.config_json.read(path)
         options = {"shardings": shardings(config, mesh), "dtype": dtype, "weights": weights}
         params = unstacked(hub.loading.stream(path, **options)) if serving else hub.load(path, **options)[1]
-        tokenizer, named = path, values.get("torch_dtype") or values.get("dtype")
+        tokenizer, named = path, hub.config_json.named_dtype(values)
     else:
         saved = open_run(path, step)
         config = from_dict(ModelConfig, saved.config["model"])

@@ -35,9 +35,10 @@ def to_orbax(source: Annotated[Path, tyro.conf.Positional], run: Annotated[Path,
 
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is not an empty directory: give a new run folder")
-    model, _ = config_json.read(source)
+    model, values = config_json.read(source)
     tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
-    config = to_dict(TrainConfig(model=model))
+    # What the checkpoint is computed in where it is loaded.
+    config = to_dict(TrainConfig(model=model, precision="float32" if config_json.named_dtype(values) == "float32" else "auto"))
     save_streaming(run, 0, config, loading.stream(source, shardings=shardings(model, make(mesh) if mesh else None)))
     if tokenizer is not None:
         tokenizer.save(run / "tokenizer")

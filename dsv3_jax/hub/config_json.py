@@ -76,6 +76,11 @@ def parse(values: dict, where: str | Path = "config.json") -> ModelConfig:
     return _make(ModelConfig, made, where)
 
 
+def named_dtype(values: dict) -> str | None:
+    """What a config.json says that the model is computed in, e.g. "bfloat16"."""
+    return values.get("torch_dtype") or values.get("dtype")  # transformers 5 writes the second
+
+
 def render(config: ModelConfig, precision: str) -> dict:
     """The config.json of a checkpoint in that precision, in the released field names; read by transformers, vLLM and SGLang too."""
     architecture = "DeepseekV3ForCausalLM" if config.topk_method == "noaux_tc" else "DeepseekV2ForCausalLM"

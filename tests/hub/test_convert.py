@@ -34,6 +34,7 @@ def test_to_orbax_and_back(name, precision, raw, tmp_path):
     to_orbax(MODELS / name, tmp_path / "run")
     model, run = dsv3_jax.load(MODELS / name), dsv3_jax.load(tmp_path / "run")
     assert run.config == model.config
+    assert checkpoint.open_run(tmp_path / "run").config["precision"] == ("float32" if precision == "float32" else "auto")
     equal_trees(run.params, model.params)
     assert run.tokenizer.encode("def f(x): 1") == model.tokenizer.encode("def f(x): 1")
     to_hf(tmp_path / "run", tmp_path / "out", precision)
