@@ -43,7 +43,7 @@ class Model:
         """Logits float32 [B, S-1, W] of the MTP module: entry i knows the tokens up to i+1 and predicts token i+2."""
         if not self.config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0)")
-        return self._mtp_logits(self.params, self._checked(tokens_BS))
+        return self._mtp_logits(self.params, self._checked(tokens_BS, least=2))
 
     def apply(self, params: dict, tokens_BS: Any, *, positions: Any = None, segment_ids: Any = None) -> jax.Array:
         """Logits float32 [B, S, W] as a pure function of `params`. positions, segment_ids: int32 [B, S]; attention stays in a segment."""
@@ -94,12 +94,14 @@ class Model:
         normed_BSD, _ = self.decoder.mtp(params, hidden_BSD, tokens_BS[:, 1:])
         return self.decoder.head(params, normed_BSD)
 
-    def _checked(self, tokens_BS) -> np.ndarray:
-        """A gather clamps what lies outside the vocabulary in silence, so it is looked at before."""
+    def _checked(self, tokens_BS, least: int = 1) -> np.ndarray:
+        """A gather clamps what lies outside the vocabulary in silence, so it is looked at before. least: tokens of a row."""
         tokens_BS = np.asarray(tokens_BS)
         if tokens_BS.ndim != 2 or not np.issubdtype(tokens_BS.dtype, np.integer):
             raise UserError(f"tokens are {tokens_BS.dtype} {list(tokens_BS.shape)}: give integers [batch, sequence]")
-        if tokens_BS.size and not 0 <= tokens_BS.min() <= tokens_BS.max() < self.config.vocab_size:
+        if not tokens_BS.shape[0] or tokens_BS.shape[1] < least:
+            raise UserError(f"tokens are {list(tokens_BS.shape)}: give at least one row of {least}")
+        if not 0 <= tokens_BS.min() <= tokens_BS.max() < self.config.vocab_size:
             raise UserError(f"tokens lie in {tokens_BS.min()}..{tokens_BS.max()}: the vocabulary is 0..{self.config.vocab_size - 1}")
         return tokens_BS.astype(np.int32)
 
@@ -122,8 +124,10 @@ def load(
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder or a Hugging Face directory")
-    if dtype is not None and jnp.dtype(dtype) not in (np.dtype(np.float32), np.dtype(jnp.bfloat16)):
-        raise UserError(f"dtype={jnp.dtype(dtype)} is not supported: choose float32 or bfloat16")
+    if dtype is not None and dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):  # names, scalar types and dtypes alike
+        raise UserError(f"dtype={dtype} is not supported: choose float32 or bfloat16")
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise UserError(f"mesh={mesh!r} is no mesh: give what dsv3_jax.parallel.mesh.make makes, for example, of 'expert=8'")
     if weights not in ("stored", "dequantised"):
         raise UserError(f"weights={weights!r} is not known: choose 'stored' or 'dequantised'")
     if hub.is_checkpoint(path):

@@ -99,8 +99,10 @@ def render(config: ModelConfig, precision: str) -> dict:
 
 
 def _architecture(values: dict, where: str | Path) -> str:
-    named, model_type = values.get("architectures"), str(values.get("model_type"))
-    named = str(named[0] if named and isinstance(named, list) else named or _MODEL_TYPES.get(model_type, model_type))
+    named, model_type = values.get("architectures"), values.get("model_type")
+    if not named and not model_type:
+        raise UserError(f"{where} names no architecture: give a Hugging Face model directory")
+    named = str(named[0] if named and isinstance(named, list) else named or _MODEL_TYPES.get(str(model_type), model_type))
     if named not in _ARCHITECTURES:
         raise UserError(f"{where}: architecture {named} is not supported: only {' and '.join(_ARCHITECTURES)} are")
     return named

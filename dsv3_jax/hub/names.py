@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.precision import FP8_WEIGHTS
 from pallas_kernels.quantized import BLOCK, num_blocks
 
+PRECISIONS = ("float32", "bfloat16", "fp8")
 SCALE = "_scale_inv"  # what Hugging Face appends to the name of an FP8 weight for its scales; the parameter's are `name_scale`
 
 
@@ -52,7 +54,12 @@ def tensors_of(config: ModelConfig) -> list[Tensor]:
 
 
 def tensors(config: ModelConfig, *, precision: str = "fp8") -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of a whole checkpoint in "fp8" (as released), "bfloat16" or "float32". Nothing is allocated."""
+    """Name -> (shape, dtype) of a whole checkpoint in "fp8" (as released), "bfloat16" or "float32". Nothing is allocated.
+
+    Raises UserError for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
     listed = {}
     for tensor in tensors_of(config):
         listed[tensor.name] = (tensor.shape, stored_dtype(tensor, precision))

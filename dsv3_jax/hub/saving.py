@@ -23,7 +23,6 @@ from pallas_kernels import Quantized, quantize_blocks
 
 _SHARD_BYTES = 5 * 10**9
 _READ_BYTES = 10**9  # of parameters read together
-PRECISIONS = ("float32", "bfloat16", "fp8")
 
 
 def save(model: Any, directory: str | Path, *, precision: str = "bfloat16") -> None:
@@ -44,8 +43,7 @@ def save(model: Any, directory: str | Path, *, precision: str = "bfloat16") -> N
 
 def write(config: ModelConfig, shapes: dict, read: Callable[[list], dict], tokenizer: Any, directory: Path, precision: str) -> None:
     """`save` for parameters that are read a few at a time: `read(paths)` gives arrays by path, as `shapes` has them."""
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
+    listed = tensors(config, precision=precision)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is not an empty directory: give a new one to save into")
     parts = tensors_of(config)
@@ -56,7 +54,7 @@ def write(config: ModelConfig, shapes: dict, read: Callable[[list], dict], token
             raise UserError(f"parameter {'/'.join(part.path)} is {found}: save a model with parameters of its own config")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_tensors(parts, tensors(config, precision=precision), shapes, read, directory, precision)
+        _write_tensors(parts, listed, shapes, read, directory, precision)
         if tokenizer is not None:
             tokenizer.save(directory)
         generation = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

@@ -44,7 +44,7 @@ def resolve(text: str, num_devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != num_devices:
         raise UserError(
             f"mesh {text!r} does not match the devices: there are {num_devices}, so its sizes must multiply to {num_devices} "
-            f"(--fake-devices N rehearses N devices on a CPU)"
+            f"(train.py and serve.py rehearse N devices on a CPU with --fake-devices N)"
         )
     return sizes
 

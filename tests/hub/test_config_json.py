@@ -134,6 +134,7 @@ def test_rope_parameters_of_transformers_5():
         ({"rope_scaling": YARN | {"beta_slow": 0}}, "beta_slow=0 must be more than 0"),
         ({"quantization_config": "fp8"}, "quantization_config='fp8' is not supported: an object or null is"),
         ({"architectures": 3}, "architecture 3 is not supported"),
+        ({"architectures": None, "model_type": None}, "names no architecture"),
         ({"scoring_func": "tanh"}, "scoring_func='tanh' is not supported: 'sigmoid' or 'softmax' is"),
     ],
 )

@@ -400,7 +400,9 @@ def test_directories_that_are_no_model(tmp_path, copy_of):
     refused(directory, "has neither model.safetensors.index.json nor model.safetensors")
     refused(MODELS / "tiny_s_plain", "which has no steps", step=3)
     refused(MODELS / "tiny_s_plain", "weights='fp8' is not known", weights="fp8")
-    refused(MODELS / "tiny_s_plain", "dtype=int32 is not supported", dtype=np.int32)
+    refused(MODELS / "tiny_s_plain", "dtype=.*int32.* is not supported: choose float32 or bfloat16", dtype=np.int32)
+    refused(MODELS / "tiny_s_plain", "dtype=half is not supported", dtype="half")
+    refused(MODELS / "tiny_s_plain", "mesh='expert=2' is no mesh", mesh="expert=2")
 
 
 def test_saving_is_refused_before_anything_is_written(tmp_path):
@@ -410,6 +412,8 @@ def test_saving_is_refused_before_anything_is_written(tmp_path):
         hub.save(model, tmp_path)
     with pytest.raises(UserError, match="precision='int8' is not known"):
         hub.save(model, tmp_path / "out", precision="int8")
+    with pytest.raises(UserError, match="precision='int8' is not known"):
+        hub.tensors(model.config, precision="int8")
     del model.params["moe_layers"]["mlp"]["experts"]["down_proj"]
     with pytest.raises(UserError, match="parameter moe_layers/mlp/experts/down_proj is missing"):
         hub.save(model, tmp_path / "out")
@@ -418,7 +422,8 @@ def test_saving_is_refused_before_anything_is_written(tmp_path):
 
 def test_tokens_outside_the_vocabulary_are_refused():
     model = dsv3_jax.load(MODELS / "tiny_s_plain")
-    for tokens, message in ([[0, 384]], "0..384: the vocabulary is 0..383"), ([1, 2], "give integers"), ([[0.5]], "give integers"):
+    bad = [([[0, 384]], "0..384: the vocabulary is 0..383"), ([1, 2], "give integers"), ([[0.5]], "give integers")]
+    for tokens, message in [*bad, (np.zeros((1, 0), int), "at least one row of 1"), (np.zeros((0, 4), int), "at least one row of 1")]:
         with pytest.raises(UserError, match=message):
             model(tokens)
     with pytest.raises(UserError, match="no MTP module"):
