@@ -116,8 +116,7 @@ class Saved:
         Raises UserError that names every leaf that is missing, unexpected or of another shape, or the file that is damaged.
         """
         for item in abstract:
-            if item not in self.items:
-                raise UserError(f"{self.directory} has no {item!r} (it has {', '.join(self.items)}): give a run that training saved")
+            self._check_has(item)
         self.verify(lambda name: name.partition("/")[0] in abstract)
         for item, tree in abstract.items():
             if problems := differences(tree, self._metadata(item)):
@@ -140,7 +139,13 @@ class Saved:
         fix = f"use the step before it, {self.directory.parent / str(before[-1])}" if before else "no step before it is left"
         return UserError(f"checkpoint file {self.directory / name} is damaged (its checksum differs); nothing was changed: {fix}")
 
+    def _check_has(self, item: str) -> None:
+        if item not in self.items:
+            hint = ", with optimizer.ema_decay" if item == "ema" else ""
+            raise UserError(f"{self.directory} has no {item!r} (it has {', '.join(self.items)}): give a run that training saved{hint}")
+
     def _metadata(self, item: str) -> Any:
+        self._check_has(item)
         return ocp.metadata(self.directory, checkpointable_name=item).metadata
 
 

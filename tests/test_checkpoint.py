@@ -54,6 +54,13 @@ def test_round_trip(folder):
     assert isinstance(loaded["train_state"]["adam"], Moments) and float(loaded["train_state"]["adam"].nu["embed"][5, 5]) == -3
 
 
+def test_an_item_that_was_not_saved(folder):
+    saved = checkpoint.open_run(folder)
+    for read in (lambda: saved.params(item="ema"), lambda: saved.abstract("ema"), lambda: saved.load({"ema": tree(0)})):
+        with pytest.raises(UserError, match=r"3 has no 'ema' .it has data, params, train_state.: give a run .* optimizer\.ema_decay$"):
+            read()
+
+
 def test_dtype_spares_scales_biases_and_codes(folder):
     params = checkpoint.open_run(folder).params(jnp.bfloat16)
     dtypes = {jax.tree_util.keystr(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
