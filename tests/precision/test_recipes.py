@@ -13,7 +13,7 @@ import pytest
 import dsv3_jax
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.precision import BF16, FP8, FP8_REFERENCE, FP8_WEIGHTS, attach, overflow_counters, quantize_params
+from dsv3_jax.precision import BF16, FP8, FP8_REFERENCE, FP8_WEIGHTS, Tap, attach, overflow_counters, quantize_params
 from dsv3_jax.training.loss import loss_and_terms
 from tests import draw
 
@@ -188,6 +188,33 @@ def test_no_bf16_copy_of_an_fp8_weight_anywhere_in_the_step(recipe):
     walk(jax.make_jaxpr(lambda params: gradients(params, quantize_params(params, recipe), recipe))(PARAMS).jaxpr)
     assert seen[jnp.dtype(jnp.float8_e4m3fn)] and seen[jnp.dtype(jnp.float32)]  # the walk finds weights
     assert not seen[jnp.dtype(jnp.bfloat16)]
+
+
+@pytest.mark.slow
+def test_scales_are_powers_of_two_where_the_report_has_them(params):
+    """Of a layer's weight gradients: the inputs of o_proj and of gate_up_proj, the output gradients of down_proj (§3.3.2, §3.3.3)."""
+    decoder, layer = Decoder(CONFIG, FP8_REFERENCE, remat="none"), jax.tree.map(lambda leaf: leaf[0], params["moe_layers"])
+    taps, rows = {}, BATCH * LENGTH
+    for path, w in jax.tree.leaves_with_path(layer):
+        *keys, name = (key.key for key in path)
+        if name in FP8_WEIGHTS:
+            inner, grouped = functools.reduce(lambda tree, key: tree.setdefault(key, {}), keys, taps), "experts" in keys
+            inner[name + "_tap"] = Tap.zeros(rows * (CONFIG.num_experts_per_tok if grouped else 1), w.shape, FP8_REFERENCE, grouped=grouped)
+    x_BSD, where = draw.normal(5, BATCH, LENGTH, CONFIG.hidden_size).astype(jnp.bfloat16), decoder.positions(TOKENS[:, 1:])
+
+    def total(taps):
+        return jnp.sum(decoder.layer("moe_layers", attach(layer, taps), x_BSD, where)[0].astype(jnp.float32) ** 2)
+
+    found = {"x": set(), "dy": set()}
+    for path, tap in jax.tree.leaves_with_path(
+        jax.jit(jax.grad(total), compiler_options=EXACT)(taps), is_leaf=lambda leaf: isinstance(leaf, Tap)
+    ):
+        for operand in found:
+            mantissas, _ = np.frexp(getattr(tap, operand).scales())
+            if np.all(mantissas == 0.5):
+                found[operand].add("/".join(key.key for key in path).removesuffix("_tap"))
+    who = ("mlp/experts", "mlp/shared_experts")
+    assert found == {"x": {"self_attn/o_proj", *(f"{w}/gate_up_proj" for w in who)}, "dy": {f"{w}/down_proj" for w in who}}
 
 
 def test_the_fp8_oracle_is_as_near_as_e4m3_allows():
