@@ -107,4 +107,24 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis: in float32, cast back, then times the gain. x [..., D], gain [D]."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * gain.astype(x.dtype)
+    return _scaled(normed.astype(x.dtype), gain)
+
+
+@jax.custom_vjp
+def _scaled(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """x times the gain in the dtype of x. The gain's gradient, a sum over all tokens, is summed in float32: autodiff would sum it in that
+    dtype, and a Hopper GPU adds bfloat16 as it stands, so that a sum of thousands loses its small half."""
+    return x * gain.astype(x.dtype)
+
+
+def _scaled_forward(x, gain):
+    return _scaled(x, gain), (x, gain)
+
+
+def _scaled_backward(residuals, cotangent):
+    x, gain = residuals
+    products = cotangent.astype(jnp.float32) * x.astype(jnp.float32)
+    return cotangent * gain.astype(x.dtype), jnp.sum(products, axis=tuple(range(x.ndim - 1))).astype(gain.dtype)
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)

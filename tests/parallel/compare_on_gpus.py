@@ -8,7 +8,7 @@ that no step hangs, and how far first gradients and losses are apart. Prints a J
 first step, as part of the norm of one GPU's, "worst": that of a single array, "without pipe": the first against the same mesh without
 `pipe`, "loss": the largest difference of the first 20}
 
-What rounding alone does in so many steps says the case "data=1, rows reversed": one GPU again, which adds up every batch in another order.
+What rounding alone does in so many steps say the cases "data=1, rows …": one GPU again, which adds up every batch in another order.
 
 Buffers of the exchange are for whatever comes, so that no step is void. Everything is compiled before anything is run.
 """
@@ -48,7 +48,11 @@ MODEL = ModelConfig(
     rope_scaling=None,
 )
 ROWS, MICROBATCHES, COMPARED = 8, 4, 20
-REVERSED = "data=1, rows reversed"
+REORDERED = {
+    "data=1, rows reversed": [7, 6, 5, 4, 3, 2, 1, 0],
+    "data=1, rows shifted": [1, 2, 3, 4, 5, 6, 7, 0],
+    "data=1, every other row first": [0, 2, 4, 6, 1, 3, 5, 7],
+}
 SCHEDULED = Scheduled(3e-4, 0.3, 1e-3)
 
 
@@ -115,9 +119,9 @@ def prepare(precision: str, cases: list[str], steps: int, length: int = 1024):
     def measure():
         references = {}
         first, *others = names
-        for name in (first, REVERSED, *others):
-            rows = [batch[::-1] for batch in batches] if name == REVERSED else batches
-            losses, gradients, ms = runs[first if name == REVERSED else name].train(rows, steps if name in cases else COMPARED + 2)
+        for name in (first, *REORDERED, *others):
+            rows = [batch[REORDERED[name]] for batch in batches] if name in REORDERED else batches
+            losses, gradients, ms = runs[first if name in REORDERED else name].train(rows, steps if name in cases else COMPARED + 2)
             row = {"case": name, "steps": len(losses), "ms": round(ms, 1)}
             if references:
                 alone = references["data=1"]

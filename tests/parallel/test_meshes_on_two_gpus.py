@@ -9,14 +9,17 @@ pytestmark = pytest.mark.multi_gpu
 CASES = ["data=2", "expert=2", "dualpipev:pipe=2", "dualpipe:pipe=2", "zb1p:pipe=2"]
 
 
-@pytest.mark.parametrize("precision, gradients", [("bf16", 0.005), ("fp8", 0.015)])
-def test_two_gpus_train_as_one(precision, gradients):
-    """What is rounded once more: a token's sum over the experts of two GPUs, and in FP8 tiles of tokens that do not reach across. Losses of
-    20 steps part by themselves, from one order of a batch's rows to another on one GPU: a mesh may do that three times as far."""
-    rounding = None
+@pytest.mark.parametrize("precision, all_gradients, each_gradient", [("bf16", 3e-4, 5e-4), ("fp8", 0.015, 0.1)])
+def test_two_gpus_train_as_one(precision, all_gradients, each_gradient):
+    """The first gradients, all together and each array's, are one GPU's but for what is rounded once more: a token's sum over the experts
+    of two GPUs, and in FP8 tiles of tokens that do not reach across. Losses of 20 steps part by themselves, on one GPU from one order of a
+    batch's rows to another: a mesh may do that three times as far."""
+    rounding, wrong = 0.0, []
     for row in compare_on_gpus.prepare(precision, CASES, steps=30)():
-        print(precision, row)
-        if row["case"] == compare_on_gpus.REVERSED:
-            rounding = row["loss"]
-        elif row["case"] in CASES:
-            assert row["steps"] == 30 and row["gradients"] < gradients and row["loss"] < 3 * rounding, row
+        print(precision, row, flush=True)
+        if row["case"] in compare_on_gpus.REORDERED:
+            rounding = max(rounding, row["loss"])
+        if row["case"] in CASES:
+            near = row["gradients"] < all_gradients and row["worst"][1] < each_gradient and row["loss"] < 3 * rounding
+            wrong += [] if near and row["steps"] == 30 else [row]
+    assert rounding and not wrong, wrong
