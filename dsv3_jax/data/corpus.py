@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, needs_extra
 
 # Folders of the standard library that are not it: its tests, and what was installed beside it.
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -146,7 +146,7 @@ def _parquet_records(path: Path):
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install 'dsv3_jax[data]'") from error
+        raise needs_extra(f"reading {path}", "data") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:

@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
 
         schedule = build(options.kind, num_ranks=options.ranks, num_microbatches=options.microbatches)
         draw(schedule, simulate(schedule, {"F": 1, "I": 1, "W": 1}), options.output)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
 
 

@@ -1,5 +1,6 @@
 """A picture of a pipeline schedule, one row per rank, in the manner of figure 5 of the DeepSeek-V3 report. Needs matplotlib."""
 
+from dsv3_jax.errors import needs_extra
 from dsv3_jax.parallel.schedule import Schedule, Simulation, parts
 
 # What each action is called and its colours: one for chunk 0, a darker one for chunk 1.
@@ -13,12 +14,12 @@ STYLE = {
 
 def draw(schedule: Schedule, simulation: Simulation, output: str) -> None:
     """Writes the picture to `output`, in the format of its suffix. A cell's number is its microbatch; a black frame holds a forward and a
-    backward that overlap. Raises ImportError without matplotlib, ValueError for an unknown format."""
+    backward that overlap. Raises UserError without matplotlib, ValueError for an unknown format."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch, Rectangle
     except ImportError:
-        raise ImportError("drawing needs matplotlib: install the extra `plots` (pip install 'dsv3_jax[plots]')") from None
+        raise needs_extra("drawing", "plots") from None
 
     figure = Figure(figsize=(max(7.0, 0.2 * simulation.makespan), 1.0 + 0.3 * schedule.num_ranks), layout="constrained", dpi=150)
     axes = figure.subplots()

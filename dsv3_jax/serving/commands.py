@@ -12,7 +12,7 @@ import rich.console
 import rich.progress
 
 from dsv3_jax import compilation_cache
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, needs_extra
 from dsv3_jax.serving.batch import run_batch
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, validate
@@ -54,7 +54,10 @@ def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     validate(COMPLETIONS, defaults)
     socket = None
     if options.http:
-        from dsv3_jax.serving import http  # its packages are an extra
+        try:
+            from dsv3_jax.serving import http
+        except ModuleNotFoundError as error:
+            raise needs_extra("--http", "serve") from error
 
         socket = http.listen(options.host, options.port)
     compilation_cache.use()

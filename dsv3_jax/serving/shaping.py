@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import needs_extra
 from dsv3_jax.serving.request import InvalidParameter, Request, SamplingParams
 
 
@@ -48,7 +48,7 @@ class Grammars:
         try:
             import llguidance
         except ImportError as error:
-            raise UserError("JSON schemas need the package llguidance: install dsv3_jax[serve]") from error
+            raise needs_extra("a JSON schema", "serve") from error
         self._llguidance = llguidance
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from dsv3_jax import command_line
 from dsv3_jax.checkpoint import open_run
 from dsv3_jax.data.prepare import Prepared
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, needs_extra
 from dsv3_jax.training import loop
 
 
@@ -17,7 +17,7 @@ def draw(run: Path, output: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("a picture needs matplotlib: pip install 'dsv3_jax[plots]'") from None
+        raise needs_extra("a picture", "plots") from None
     try:
         text = (run / "metrics.jsonl").read_text()
         metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a killed run's last line may be half a line

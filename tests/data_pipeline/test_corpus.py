@@ -131,7 +131,7 @@ def test_parquet_without_text_column_and_without_pyarrow(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="int64, not string"):
         list(Corpus(tmp_path).documents())
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"dsv3_jax\[data\]"):
+    with pytest.raises(UserError, match="needs the extra `data`"):
         list(Corpus(tmp_path).documents())
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 
 import jax
 import pytest
@@ -57,6 +58,15 @@ def test_full_memory_is_one_line(plain, capsys, monkeypatch):
     assert serve.main([str(plain.path), "--prompt", "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the memory of the device is full: ") and "--mesh expert=N" in line
+
+
+def test_http_without_its_packages_is_one_line(plain, capsys, monkeypatch):
+    monkeypatch.delattr("dsv3_jax.serving.http", raising=False)
+    monkeypatch.delitem(sys.modules, "dsv3_jax.serving.http", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert serve.main([str(plain.path), "--http"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --http needs the extra `serve`: ")
 
 
 def test_help_is_quick_and_whole(capsys):
