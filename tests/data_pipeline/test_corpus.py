@@ -102,7 +102,10 @@ def test_fingerprint_follows_the_files(tmp_path):
     (tmp_path / "b.txt").write_text("twö")
     third = Corpus(tmp_path).fingerprint()
     (tmp_path / "b.txt").rename(tmp_path / "c.txt")
-    assert len({first, second, third, Corpus(tmp_path).fingerprint()}) == 4
+    fourth = Corpus(tmp_path).fingerprint()
+    (tmp_path / "c.txt").write_text("öwt")  # as long as before
+    os.utime(tmp_path / "c.txt", ns=(0, 1))
+    assert len({first, second, third, fourth, Corpus(tmp_path).fingerprint()}) == 5
 
 
 @pytest.mark.parametrize(

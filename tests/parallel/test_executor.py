@@ -96,11 +96,11 @@ def test_low_precision_is_the_same_on_any_number_of_ranks(case, precision, other
     check(compare(precision, case), 1e-5, others)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+# dualpipe wants even numbers of ranks, dualpipev a layer for each of twice as many stages.
+@pytest.mark.parametrize(
+    "kind, ranks", [(kind, n) for kind in KINDS for n in (2, 3, 4) if (kind, n) not in (("dualpipe", 3), ("dualpipev", 4))]
+)
 def test_layers_have_one_place_in_order(kind, ranks):
-    if (kind == "dualpipe" and ranks % 2) or (kind == "dualpipev" and ranks == 4):
-        return
     schedule = build(kind, num_ranks=ranks, num_microbatches=2 * ranks)
     chunks = placement.place(SMALL, schedule)
     copies = 2 if kind == "dualpipe" else 1
