@@ -162,7 +162,6 @@ def test_kept_for_the_backward_pass_is_what_the_table_says(recipe):
     c, tokens, rows = CONFIG, (BATCH, LENGTH), BATCH * LENGTH
     assert kept == {
         ("bfloat16", (*tokens, c.hidden_size)): 2,  # the layer's input, and the residual stream after attention
-        ("bfloat16", (1, c.hidden_size)): 2,  # gains of the norms
         ("bfloat16", (*tokens, c.q_lora_rank)): 1,
         ("bfloat16", (*tokens, c.latent_dim)): 1,
         ("bfloat16", (*tokens, c.num_attention_heads, c.v_head_dim)): 1,
