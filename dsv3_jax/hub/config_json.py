@@ -12,13 +12,10 @@ from pathlib import Path
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.errors import UserError
 
-# What a field is where config.json lacks it, by architecture. Fields in neither table nor file are an error.
+# What a field is where config.json lacks it, by architecture: as the released configuration classes have it. Fields in neither table nor
+# file are an error.
 _ABSENT = {
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 0,
     "num_nextn_predict_layers": 0,
-    "routed_scaling_factor": 1.0,
     "mtp_hidden": "post_norm",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
@@ -28,7 +25,9 @@ _ABSENT = {
 }
 _ARCHITECTURES = {
     "DeepseekV3ForCausalLM": _ABSENT | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},  # Moonlight, K2 too
-    "DeepseekV2ForCausalLM": _ABSENT | {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
+    "DeepseekV2ForCausalLM": _ABSENT
+    | {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}
+    | {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "routed_scaling_factor": 1.0},
 }
 _MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM", "kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 # Fields that must have this value where they are there: nothing else is implemented.

@@ -95,6 +95,32 @@ def test_the_other_reading_of_mtp_is_written():
     assert config_json.parse(config_json.render(config, "bfloat16")) == config
 
 
+@pytest.mark.parametrize(
+    ("values", "absent"),
+    [
+        # configuration_deepseek.py of DeepSeek-V3 and of DeepSeek-V2-Lite; an MTP module is there only where the file says so.
+        (V3, {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": True, "topk_method": "noaux_tc"}),
+        (V3, {"scoring_func": "sigmoid", "num_nextn_predict_layers": 0, "rope_scaling": None}),
+        (V2_LITE, {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False, "n_group": 1, "topk_group": 1}),
+        (V2_LITE, {"n_shared_experts": 0, "routed_scaling_factor": 1.0, "initializer_range": 0.02}),
+    ],
+)
+def test_what_a_file_leaves_out(values, absent):
+    config = config_json.parse({name: value for name, value in values.items() if name not in absent})
+    assert {name: getattr(config, name) for name in absent} == absent
+
+
+def test_what_yarn_leaves_out():
+    assert config_json.parse(V3 | {"rope_scaling": YARN}).rope_scaling == RopeScaling(mscale=1.0, mscale_all_dim=0.0)
+
+
+@pytest.mark.parametrize("name", ["n_group", "topk_group", "routed_scaling_factor", "n_shared_experts"])
+def test_v3_must_say(name):
+    """Its class has the values of the 671B for these, which another model's need not be."""
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        config_json.parse({key: value for key, value in V3.items() if key != name})
+
+
 def test_rope_parameters_of_transformers_5():
     values = {name: value for name, value in V3.items() if name not in ("rope_scaling", "rope_theta")}
     values["rope_parameters"] = {name: value for name, value in V3["rope_scaling"].items() if name != "type"}
