@@ -63,7 +63,7 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
     schedule = make_schedule(lengths, num_parts=num_parts)
     if few_rows:
         options = dict(scale=softmax_scale, num_queries=num_queries, heads=heads, out_dtype=out_dtype, interpret=interpret)
-        results = few.attend(q, _fp8_views(kv_pages), page_table, lengths, schedule.bounds, **options)
+        results = few.attend(q, kv_pages, page_table, lengths, schedule.bounds, **options)
         out, lse = merge(*results, schedule.pieces, interpret=interpret)
         return out[:, :rows].reshape(*shape, LATENT), lse[:, :rows].reshape(shape)
 
