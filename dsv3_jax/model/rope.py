@@ -26,7 +26,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _mscale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:

@@ -56,6 +56,7 @@ def test_what_is_kept_lies_over_pipe_by_another_dimension_than_layers():
     sizes = mesh.parse("data=2,pipe=4,expert=4")
     assert sharding.state_spec(("layers", "embed", "mlp"), (4, 32, 64), sizes) == PartitionSpec(None, "pipe", ("data", "expert"))
     assert sharding.state_spec(("layers", "experts", "embed"), (4, 8, 64), sizes) == PartitionSpec(None, "expert", ("data", "pipe"))
+    assert sharding.state_spec(("layers", "embed"), (128, 32), sizes) == PartitionSpec(None, ("data", "expert", "pipe"))
 
 
 def test_devices_of_a_mesh():

@@ -50,6 +50,15 @@ def test_who_is_missing(tmp_path, doing, message):
     assert re.fullmatch(said, done.stderr), done.stderr
 
 
+def test_who_was_seen_longest_ago_comes_first(tmp_path):
+    processes = [watch.Watch(tmp_path, process, 6, 60, "data=0") for process in range(6)]
+    for process in (3, 5, 1, 4, 2):
+        processes[process]._note("after step 7")
+        time.sleep(0.01)
+    said = processes[0]._others("step 8")
+    assert re.findall(r"process (\d)", said) == ["3", "5", "1", "4"] and said.endswith("; and 1 more are elsewhere")
+
+
 def test_place_of_a_process():
     assert watch.place(meshes.make("data=2,pipe=2,expert=2", jax.devices()[:8]), 0) == "data=0..1, pipe=0..1, expert=0..1"
 
