@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--mesh", default="", help="devices, for example expert=8 or data=2,expert=4; default the first one")
     engine.add_argument("--fake-devices", type=at_least(1), help="rehearse a mesh on that many devices made of this CPU")
-    engine.add_argument("--max-batch", type=at_least(1), default=64, help="requests that run at once, on all devices together")
+    engine.add_argument("--max-batch", type=at_least(1), default=64, help="requests that decode at once, on all devices together")
     engine.add_argument("--max-length", type=at_least(1), help="tokens of a request, prompt and answer; default what the model allows")
     engine.add_argument("--cache-tokens", type=at_least(1), help="the latent cache; default what is useful and fits into free memory")
     engine.add_argument("--host-cache-tokens", type=at_least(0), default=0, help="host memory for what the cache has no room for")

@@ -72,7 +72,11 @@ class MLA(Module):
         return self.output(self.attend(*self.project(x_BSD, where), where.segment_ids))
 
     def project(self, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, jax.Array]:
-        """Queries [B, S, H, N+R] and latents [B, S, C+R] (post-norm latent ‖ post-RoPE key: what a cache holds)."""
+        """Queries [B, S, H, N+R] and latents [B, S, C+R]."""
+        return self.queries(x_BSD, where), self.latents(x_BSD, where)
+
+    def queries(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
+        """[B, S, H, N+R]."""
         c = self.config
         if c.q_lora_rank is None:
             q = self.linear("q_proj", x_BSD)
@@ -82,11 +86,14 @@ class MLA(Module):
         q_BSHd = q.reshape(*x_BSD.shape[:2], c.num_attention_heads, c.qk_head_dim)
         q_nope, q_rope = jnp.split(q_BSHd, [c.qk_nope_head_dim], axis=-1)
         q_rope = rope.rotate(q_rope, where.cos[:, :, None], where.sin[:, :, None])
+        return jnp.concatenate([q_nope, q_rope], axis=-1)
+
+    def latents(self, x_BSD: jax.Array, where: Positions) -> jax.Array:
+        """[B, S, C+R]: post-norm latent ‖ post-RoPE key, what a cache holds."""
         kv = checkpoint_name(self.linear("kv_a_proj_with_mqa", x_BSD), "kv_latent")
-        latent, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
+        latent, k_rope = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
         latent = rms_norm(latent, self.kv_a_layernorm[...], _LATENT_NORM_EPS)
-        k_rope = rope.rotate(k_rope, where.cos, where.sin)
-        return jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([latent, k_rope], axis=-1)
+        return jnp.concatenate([latent, rope.rotate(k_rope, where.cos, where.sin)], axis=-1)
 
     def attend(self, q_BSHd: jax.Array, latent_BSC: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array:
         """Materialise keys and values of the latents and attend causally: -> [B, S, H, V]."""
@@ -139,28 +146,35 @@ class MLA(Module):
         return jax.lax.fori_loop(0, num_blocks, add_block, nothing)[0].astype(dtype)
 
     def decode(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> tuple[jax.Array, jax.Array]:
-        """Write the new tokens' latents into the cache and attend to all of it, absorbed (report §2.1.1; DeepSeek-V2 appendix).
+        """Write the new tokens' latents into the cache and attend to all of it: ([B, S, D], the new pages)."""
+        pages = self.write(x_BSD, where, cache)
+        return self.read(x_BSD, where, cache._replace(pages=pages)), pages
+
+    def write(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> jax.Array:
+        """The pages with the tokens' latents."""
+        return mla_append(cache.pages, self.latents(x_BSD, where), cache.page_table, cache.write_positions)
+
+    def read(self, x_BSD: jax.Array, where: Positions, cache: PagedCache) -> jax.Array:
+        """Attend to all of the cache, which has the tokens' own latents, absorbed (report §2.1.1; DeepSeek-V2 appendix): [B, S, D].
 
         The up-projections of keys and values act on queries and outputs instead, so that attention runs on the latents alone.
-        They are `k_up_proj` and `v_up_proj` (see decode_params). Returns ([B, S, D], the new pages).
+        They are `k_up_proj` and `v_up_proj` (see decode_params).
         """
         c = self.config
-        q_BSHd, latent_BSC = self.project(x_BSD, where)
-        pages = mla_append(cache.pages, latent_BSC, cache.page_table, cache.write_positions)
-        q_nope, q_rope = jnp.split(q_BSHd, [c.qk_nope_head_dim], axis=-1)
+        q_nope, q_rope = jnp.split(self.queries(x_BSD, where), [c.qk_nope_head_dim], axis=-1)
         precision = self.recipe.product_precision
         q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, self.k_up_proj[...], precision=precision)
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
         attended_BSHC, _ = mla_decode(
             q,
-            pages,
+            cache.pages,
             cache.page_table,
             cache.lengths,
             softmax_scale=rope.softmax_scale(c),
             value_width=c.kv_lora_rank,
             out_dtype=self.recipe.compute_dtype,
             # The kernel is for V3's latents: other widths, as of `tiny`, and float32 run in plain JAX on a GPU too.
-            implementation=None if supports(pages, c.kv_lora_rank) else "reference",
+            implementation=None if supports(cache.pages, c.kv_lora_rank) else "reference",
         )
         attended_BSHV = jnp.einsum("bshc,hvc->bshv", attended_BSHC, self.v_up_proj[...], precision=precision)
-        return self.output(attended_BSHV), pages
+        return self.output(attended_BSHV)

@@ -45,6 +45,19 @@ class DecoderLayer(Module):
         x_BSD, stats = self.feed_forward(x_BSD + attended, cache.write_positions >= 0)
         return x_BSD, pages, stats
 
+    def decode_column(
+        self, x_BSD: jax.Array, column_B: jax.Array, positions_B: jax.Array, where: Positions, cache: PagedCache
+    ) -> tuple[jax.Array, jax.Array]:
+        """`decode` of which one column of each row is wanted, at these positions (-1: of none): ([B, 1, D], the new pages). The others only
+        leave their latents."""
+        at = lambda a: a if a is None or a.shape[1] == 1 else a[jnp.arange(len(a)), column_B][:, None]  # noqa: E731
+        with jax.named_scope("attention"):
+            normed = self._norm("input_layernorm", x_BSD)
+            pages = self.self_attn.write(normed, where, cache)
+            cache = PagedCache(pages, cache.page_table, positions_B + 1, positions_B[:, None])
+            x_B1D = at(x_BSD) + self.self_attn.read(at(normed), Positions(*map(at, where)), cache)
+        return self.feed_forward(x_B1D, cache.write_positions >= 0)[0], pages
+
     def feed_forward(self, x_BSD: jax.Array, used_BS: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
         """The second half of the layer. used: as of `MoE`."""
         normed = self._norm("post_attention_layernorm", x_BSD)

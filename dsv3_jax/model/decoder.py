@@ -207,16 +207,18 @@ class Decoder:
         return x_BSD, new_caches, stats
 
     def decode_mtp(
-        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, lengths_B, *, chunk=None, again=False
+        self, params: dict, hidden_BSD, next_tokens_BS, positions_BS, caches: dict, page_table, column_B, *, again=False
     ) -> tuple[jax.Array, dict]:
         """The MTP module over its own pages, caches["mtp"] [1, P, 64, C+R], after `decode` of the same positions.
 
-        hidden_BSD as `decode` returns it; next_tokens_BS: the token that follows each position. Returns (normed hidden [B, S, D] that
-        predicts the token after next, the new caches). again: for the positions after those of such a call, hidden_BSD is what it returned.
+        hidden_BSD as `decode` returns it; next_tokens_BS: the token that follows each position; column_B: which of them are asked about.
+        Returns (normed hidden [B, 1, D] of that column, which predicts the token after next, the new caches): it has one layer, so that
+        the others matter by their latents alone. again: for the positions after those of such a call, hidden_BSD is what it returned.
         """
         where = self.positions(next_tokens_BS, jnp.maximum(positions_BS, 0))
-        cache = PagedCache(caches["mtp"][0], page_table, lengths_B, positions_BS)
+        cache = PagedCache(caches["mtp"][0], page_table, None, positions_BS)
         mtp = module.bind(self.modules["mtp"], params["mtp"])
         hidden_BSD, embedding_BSD = hidden_BSD if again else self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS)
-        normed_BSD, pages, _ = mtp.decode(hidden_BSD, embedding_BSD, where, cache, chunk=chunk)
-        return normed_BSD, {**caches, "mtp": pages[None]}
+        positions_B = positions_BS[jnp.arange(len(column_B)), column_B]
+        normed_B1D, pages = mtp.decode(hidden_BSD, embedding_BSD, column_B, positions_B, where, cache)
+        return normed_B1D, {**caches, "mtp": pages[None]}

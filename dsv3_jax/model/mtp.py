@@ -33,11 +33,11 @@ class MTP(Module):
         return self._norm("norm", x_BSD), stats
 
     def decode(
-        self, hidden_BSD: jax.Array, next_embedding_BSD: jax.Array, where: Positions, cache: PagedCache, *, chunk: str | None = None
-    ) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """The same for new tokens over a paged cache: also returns the new pages."""
-        x_BSD, pages, stats = self.layer.decode(self._merge(hidden_BSD, next_embedding_BSD), where, cache, chunk=chunk)
-        return self._norm("norm", x_BSD), pages, stats
+        self, hidden_BSD: jax.Array, next_embedding_BSD: jax.Array, column_B, positions_B, where: Positions, cache: PagedCache
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same for one column of new tokens over a paged cache, to which all are written: (normed hidden [B, 1, D], the new pages)."""
+        x_B1D, pages = self.layer.decode_column(self._merge(hidden_BSD, next_embedding_BSD), column_B, positions_B, where, cache)
+        return self._norm("norm", x_B1D), pages
 
     def _merge(self, hidden_BSD, next_embedding_BSD):
         joined = jnp.concatenate([self._norm("enorm", next_embedding_BSD), self._norm("hnorm", hidden_BSD)], axis=-1)

@@ -201,7 +201,7 @@ def compute_nothing() -> None:
         _, sampled, *_ = jax.eval_shape(traced, leaves, caches, last, packed, load_LE, overwritten)
         return overwritten, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampled), caches, load_LE, last
 
-    @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"), keep_unused=True)
+    @functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form"), donate_argnames=("caches", "last"), keep_unused=True)
     def draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, **options):
         counts_B = 1 + (jnp.arange(len(tokens_BQ)) % 10 < 7)
         drafts_BN = jnp.zeros((len(tokens_BQ), last.shape[1] - 2), jnp.int32)

@@ -56,7 +56,7 @@ class Engine:
       decoder, params: the model; arrays where they shall be used. consume: the layers' parameters are deleted as the engine makes
         its own form of them (`Decoder.decode_params`), so that they are not held twice.
       tokenizer: for text prompts, answers as text, and stop texts.
-      max_batch: requests that run at once.
+      max_batch: requests that decode at once.
       max_length: tokens of a request, prompt and answer; default what the model's positions allow.
       num_pages: size of the cache in pages of 64 tokens; default what max_batch requests of max_length can use, within free memory.
       mesh: a jax Mesh with the axes data and expert. Every device then has an equal part of the rows and of the pages, and experts are

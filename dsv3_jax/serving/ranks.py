@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
@@ -81,6 +81,9 @@ class Ranks:
             decoder = Decoder(decoder.config, recipe)
         return decoder.decode_params(params, consume=consume)
 
+    def sharding(self, spec: PartitionSpec) -> Sharding:
+        return NamedSharding(self.mesh, spec) if self.mesh else SingleDeviceSharding(self.devices[0])
+
     def place(self, params: Any) -> Any:
         """Those parameters where they are used; what lies there stays."""
         if self.mesh is None:
@@ -93,7 +96,7 @@ class Ranks:
 
     def full(self, array: jax.ShapeDtypeStruct, spec: PartitionSpec, value: float = 0) -> jax.Array:
         """Committed to its place, as what comes of loaded weights is: programs would be compiled again for the step after the first."""
-        return jnp.full(array.shape, value, array.dtype, device=NamedSharding(self.mesh, spec) if self.mesh else self.devices[0])
+        return jnp.full(array.shape, value, array.dtype, device=self.sharding(spec))
 
     def hold(self, tree: Any, spec: PartitionSpec) -> Any:
         """Inside of `jax.jit`: the arrays, which come out lying so. Programs that follow are then compiled once."""

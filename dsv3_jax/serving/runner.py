@@ -151,10 +151,17 @@ class Runner:
         sizes = itertools.product(shapes, self.shapes.tables)
         steps = [(_Inputs.empty(b * self.ranks.count, w, table, prefill=bool(chunk)), chunk) for (b, w, chunk), table in sizes]
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            lowered = (self._lower(inputs, chunk) for inputs, chunk in steps)
-            compiled = [pool.submit(program.compile) for program in lowered]
-            for done, ((inputs, chunk), program) in enumerate(zip(steps, compiled), 1):
-                program.result()
+            drafts, compiled = {}, []
+            for inputs, chunk in steps:
+                programs = [pool.submit(self._lower(inputs, chunk).compile)]
+                if self.speculate:  # one for first and later chunks
+                    key = inputs.packed.shape, inputs.form
+                    drafts[key] = drafts.get(key) or pool.submit(self._lower_draft(inputs).compile)
+                    programs.append(drafts[key])
+                compiled.append(programs)
+            for done, ((inputs, chunk), programs) in enumerate(zip(steps, compiled), 1):
+                for program in programs:
+                    program.result()
                 jax.block_until_ready(self._launch(inputs, chunk=chunk, asked=Asked(), bias={}))
                 yield done, len(steps)
 
@@ -162,6 +169,14 @@ class Runner:
         """`_forward` of such a step."""
         overwritten = () if chunk else self._overwritten(inputs)
         return _forward.lower(*self._operands(), self._put(inputs), self.load_LE, overwritten, form=inputs.form, chunk=chunk)
+
+    def _lower_draft(self, inputs: "_Inputs"):
+        """`_draft` of such a step."""
+        rows, (width, queries) = len(inputs.packed), inputs.form
+        shapes = inputs.packed.shape, (rows, width, self.decoder.config.hidden_size), (rows, queries)
+        dtypes, sharding = (jnp.int32, self.decoder.recipe.compute_dtype, jnp.int32), self.ranks.sharding(self.ranks.rows)
+        given = [jax.ShapeDtypeStruct(*of, sharding=sharding) for of in zip(shapes, dtypes)]
+        return _draft.lower(*self._draft_operands(), *given, form=inputs.form)
 
     def read_params(self) -> None:
         """Call it where arrays of `params` were exchanged for others: a step takes the leaves as they were then; flattening costs time."""
@@ -227,6 +242,11 @@ class Runner:
         """Of `_forward`, the first."""
         return self.decoder, self.ranks, self._structure, self._leaves, self.caches, self._last
 
+    def _draft_operands(self) -> tuple:
+        """Of `_draft`, the first."""
+        params, cache = {name: self.params[name] for name in _DRAFT}, {"mtp": self.caches["mtp"]}
+        return self.decoder, self.ranks, params, cache, self._last
+
     def _overwritten(self, inputs: "_Inputs") -> tuple:
         """Logits, hidden states and fed inputs of the last decode step, if this one is of its size, or arrays like them."""
         rows, (width, queries) = len(inputs.packed), inputs.form
@@ -255,10 +275,7 @@ class Runner:
             sampled, self._last = _pick(ranks, self._last, logits_BQW, fed, bias_BQW, form=form, asked=asked)
         if not self.speculate:
             return sampled.tokens, sampled
-        params, cache = {name: self.params[name] for name in _DRAFT}, {"mtp": self.caches["mtp"]}
-        outcome, cache, self._last = _draft(
-            self.decoder, ranks, params, cache, self._last, fed, hidden_BSD, sampled.tokens, form=form, chunk=chunk
-        )
+        outcome, cache, self._last = _draft(*self._draft_operands(), fed, hidden_BSD, sampled.tokens, form=form)
         self.caches |= cache
         return outcome, sampled
 
@@ -381,8 +398,8 @@ def _pick(ranks, last, logits_BQW, fed, bias_BQW, *, form, asked):
     return sampled, _keep(ranks, last, sampled.tokens) if form[1] == 1 else last
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form", "chunk"), donate_argnames=("caches", "last"))
-def _draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, *, form, chunk):
+@functools.partial(jax.jit, static_argnames=("decoder", "ranks", "form"), donate_argnames=("caches", "last"))
+def _draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, *, form):
     """[the tokens, how many of them count, those that the MTP module expects after these] in each row, the new cache, and `_keep` of it.
 
     In a decode step columns 1 and on hold the drafts of the step before: each was the right input if it is what the column before it
@@ -399,17 +416,14 @@ def _draft(decoder, ranks, params, caches, last, fed, hidden_BSD, tokens_BQ, *, 
         right_BN = tokens_BQ[:, :-1] == fields.tokens[:, 1 : form[1]]
         accepted_B = fields.may_accept * jnp.sum(jnp.cumprod(right_BN, axis=1), axis=1, dtype=jnp.int32)
         sampled_BS = jnp.zeros_like(fields.tokens).at[rows[:, None], last_BQ].set(tokens_BQ)
-        next_BS = jnp.where(fields.next_tokens < 0, sampled_BS, fields.next_tokens)
-        where = fields.positions, caches, fields.page_table, fields.lengths
-        normed_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, *where, chunk=chunk)
-        column_B = last_BQ[rows, accepted_B]
-        normed_B1D, positions_B = normed_BSD[rows, column_B][:, None], fields.positions[rows, column_B]
-        drafts = [greedy(_logits(decoder, params, normed_B1D))]
+        next_BS, positions_BS = jnp.where(fields.next_tokens < 0, sampled_BS, fields.next_tokens), fields.positions
+        column_B, drafts = last_BQ[rows, accepted_B], []
         while len(drafts) < last.shape[1] - 2:
-            positions_B = jnp.where((positions_B >= 0) & (positions_B + 1 < fields.limits), positions_B + 1, -1)
-            where = positions_B[:, None], caches, fields.page_table, positions_B + 1
-            normed_B1D, caches = decoder.decode_mtp(params, normed_B1D, drafts[-1], *where, again=True)
-            drafts.append(greedy(_logits(decoder, params, normed_B1D)))
+            where = positions_BS, caches, fields.page_table, column_B
+            hidden_BSD, caches = decoder.decode_mtp(params, hidden_BSD, next_BS, *where, again=bool(drafts))
+            drafts.append(greedy(_logits(decoder, params, hidden_BSD)))
+            positions_B, next_BS, column_B = positions_BS[rows, column_B], drafts[-1], jnp.zeros_like(column_B)
+            positions_BS = jnp.where((positions_B >= 0) & (positions_B + 1 < fields.limits), positions_B + 1, -1)[:, None]
         return jnp.concatenate(drafts, axis=1), 1 + accepted_B, caches
 
     in_specs = (ranks.param_specs(params), ranks.pages, *[ranks.rows] * 3)

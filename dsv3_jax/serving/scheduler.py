@@ -1,8 +1,9 @@
 """Continuous batching: which requests run next, and on which pages.
 
 Requests wait until the pool has pages for all their tokens, are prefilled in chunks, then decode together, one step at a time;
-prefill and decode steps alternate while there is work of both kinds. A prefill step holds up all who decode, full or not: as long as
-others queue for a place, it waits for company (`_waits`). When a decoding request needs a page and none is free, the
+prefill and decode steps alternate while there is work of both kinds. A prefill step holds up all who decode, full or not: when a row of
+the decode steps is free, as many are prefilled as one holds, and those for whom no row is left take the next ones (`_has_place`). Where the
+pool has no pages for so many, it waits for company (`_waits`). When a decoding request needs a page and none is free, the
 youngest running request gives its pages back and starts again later from its prompt and what it has generated: what of it is still in
 the pool, or in the host tier, is found there, and the rest is computed again. The oldest one is thus never held up, and no request is
 larger than the pool: every request ends.
@@ -50,7 +51,7 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    """Args: the pool; max_batch: requests that run at once, on all ranks; max_length: tokens of a request, prompt and answer;
+    """Args: the pool; max_batch: requests that decode at once, on all ranks; max_length: tokens of a request, prompt and answer;
     prefill_tokens: of a prefill step, on each rank; prefill_widths: widths of its rows; lookahead: tokens a decode step writes for each
     request (1 and its drafts)."""
 
@@ -75,7 +76,7 @@ class Scheduler:
 
     @property
     def rows_per_rank(self) -> int:
-        """Requests that one rank runs at once."""
+        """Requests that decode at once on one rank."""
         return -(-self.max_batch // self.pool.num_ranks)
 
     def check(self, request: Request) -> None:
@@ -111,7 +112,7 @@ class Scheduler:
             return self._prefill(prefilling)
         self._prefilled_last = False
         self._missed += len(prefilling)
-        decoding = self._grow(decoding)
+        decoding = self._grow(self._seated(decoding))
         return self._decode(decoding) if decoding else None
 
     def landed(self, work: Work) -> list[tuple[int, Request, int]]:
@@ -142,7 +143,7 @@ class Scheduler:
                 self.pool.register(page, key)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting and any(map(self._has_place, range(self.pool.num_ranks))):
             request = self.waiting[0]
             # At least the last token is computed: its logits are needed.
             request.page_keys = keys = page_keys(request.tokens[:-1], request.page_keys)
@@ -164,14 +165,21 @@ class Scheduler:
             request.admitted = request.admitted or time.monotonic()
             self.running.append(request)
 
+    def _has_place(self, rank: int) -> bool:
+        """Whether one more request may run on a rank: one of its rows is free, or was until a prefill step that has room for more."""
+        here = [request for request in self.running if request.rank == rank]
+        prefilling = [request for request in here if request.prefilling]
+        free = self.rows_per_rank - len(here)
+        return free > 0 or (free + len(prefilling) > 0 and sum(map(self._width, prefilling)) < self.prefill_tokens)
+
     def _place(self, keys: list[bytes], needed: int) -> tuple[int, list[int]] | None:
         """A rank with room for a request, and the pages of its prefix there: the longest one found, where loads are alike."""
         loads = [sum(request.rank == rank for request in self.running) for rank in range(self.pool.num_ranks)]
         places = []
-        for rank, load in enumerate(loads):
+        for rank in range(self.pool.num_ranks):
             found = self.pool.find(keys, rank)
             room = self.pool.num_free_on(rank) - sum(self.pool.is_free(page) for page in found)
-            if load < self.rows_per_rank and needed - len(found) <= room:
+            if self._has_place(rank) and needed - len(found) <= room:
                 places.append((rank, found))
         idlest = min((loads[rank] for rank, _ in places), default=0)
         places = [place for place in places if loads[place[0]] <= idlest + _SLACK]
@@ -203,6 +211,15 @@ class Scheduler:
             request.in_flight += count
             request.prefilling = start + count < len(request.tokens)
         return Work(rows, counts, starts, [False] * len(rows), chunk, [r.lives for r in rows])
+
+    def _seated(self, decoding: list[Request]) -> list[Request]:
+        """The oldest of each rank, as many as it has rows."""
+        seated, rows = [], [0] * self.pool.num_ranks
+        for request in decoding:
+            if rows[request.rank] < self.rows_per_rank:
+                rows[request.rank] += 1
+                seated.append(request)
+        return seated
 
     def _decode(self, requests: list[Request]) -> Work:
         starts, ahead = [len(r.tokens) - 1 for r in requests], [r.in_flight > 0 for r in requests]

@@ -36,7 +36,8 @@ def run(scheduler, requests, rng, accept=0.0):
         if work:
             users = Counter(page for request in scheduler.running for page in request.pages)
             assert dict(users) == {page: n for page, n in enumerate(scheduler.pool._users) if n}
-            assert len(scheduler.running) <= scheduler.max_batch
+            ahead = scheduler.prefill_tokens // scheduler.prefill_widths[0] - 1  # of whom a prefill step has more than there are rows
+            assert max(Counter(request.rank for request in scheduler.running).values()) <= scheduler.rows_per_rank + ahead
             assert max(Counter(request.rank for request in work.requests).values()) <= scheduler.rows_per_rank
             assert not (work.prefill and previous_prefill and could_decode), "decodes are starved"
             copy(scheduler.pool, held, host)
@@ -115,14 +116,14 @@ def test_every_request_ends(seed, ranks, host):
     assert scheduler.prefix_hits > 0 and (scheduler.host_hits > 0) == (host > 0)
 
 
-def decoding(count, *, answer, **options):
-    """A scheduler in which so many requests decode; the kinds of its steps, in a list that grows."""
-    scheduler = Scheduler(PagePool(64), max_length=640, prefill_tokens=64, prefill_widths=(16, 64), **options)
-    kinds, schedule = [], scheduler.schedule
+def decoding(count, *, answer, pages=64, **options):
+    """A scheduler in which so many requests decode; (kind, rows, whether others queue) of its steps, in a list that grows."""
+    scheduler = Scheduler(PagePool(pages), max_length=640, prefill_tokens=64, prefill_widths=(16, 64), **options)
+    steps, schedule = [], scheduler.schedule
 
     def record():
-        work = schedule()
-        kinds.append("none" if work is None else "prefill" if work.prefill else "decode")
+        if work := schedule():
+            steps.append(("prefill" if work.prefill else "decode", len(work.requests), bool(scheduler.waiting)))
         return work
 
     scheduler.schedule = record
@@ -130,28 +131,30 @@ def decoding(count, *, answer, **options):
         scheduler.add(Request([1] * 16, SamplingParams(max_new_tokens=answer)))
     while any(request.prefilling for request in scheduler.running) or scheduler.waiting:
         scheduler.landed(scheduler.schedule())
-    kinds.clear()
-    return scheduler, kinds
+    steps.clear()
+    return scheduler, steps
 
 
-def test_prefill_steps_are_full_while_others_queue():
-    """With speculation requests end one by one, and their successors would be prefilled one by one."""
-    scheduler, kinds = decoding(0, answer=0, max_batch=16, lookahead=2)
+def test_all_rows_are_taken_while_others_queue():
+    """With speculation requests end one by one: their successors are prefilled by four, as many as a step holds, and wait for rows."""
+    scheduler, steps = decoding(0, answer=0, max_batch=16, lookahead=2)
     requests = [Request([i, *[1] * 15], SamplingParams(max_new_tokens=64)) for i in range(160)]
     run(scheduler, requests, np.random.default_rng(0), accept=0.7)
     assert all(len(request.tokens) == 80 for request in requests)
-    assert 40 <= kinds.count("prefill") <= 50, "four fit a step"
+    assert [rows for kind, rows, _ in steps if kind == "prefill"] == [4] * 40
+    rows = [rows for kind, rows, queue in steps if kind == "decode" and queue]
+    assert np.mean(rows[4:]) > 15.8 and max(rows) == 16, rows
 
 
-@pytest.mark.parametrize("queue, steps", [(0, 1), (3, 7)])
-def test_a_prefill_step_does_not_wait_for_long(queue, steps):
-    """Not at all without a queue; with one, until those that wait have missed as many steps as seven lose by one."""
-    scheduler, kinds = decoding(7, answer=200, max_batch=8)
+@pytest.mark.parametrize("queue, least", [(0, 1), (3, 7)])
+def test_a_prefill_step_does_not_wait_for_long(queue, least):
+    """Not at all without a queue; where the pool has pages for one more alone, until it has missed as many steps as seven lose by one."""
+    scheduler, steps = decoding(7, answer=200, pages=8, max_batch=16)
     for _ in range(1 + queue):
         scheduler.add(Request([2] * 16, SamplingParams(max_new_tokens=200)))
-    while "prefill" not in kinds:
+    while not steps or steps[-1][0] == "decode":
         land(scheduler, scheduler.schedule(), np.random.default_rng(0), 0.0, {})
-    assert kinds == ["decode"] * steps + ["prefill"]
+    assert [kind for kind, *_ in steps] == ["decode"] * least + ["prefill"]
 
 
 def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused():
