@@ -84,7 +84,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--output", type=Path, help="of --input: one line for each of its lines, in its order")
 
     sampling = parser.add_argument_group("sampling (where a request does not say)")
-    sampling.add_argument("--max-tokens", type=int, help="of an answer; default 256 for a prompt, the API's own otherwise")
+    sampling.add_argument(
+        "--max-tokens", type=int, help="of an answer, as far as the context has room; default 256 for a prompt, else the API's"
+    )
     sampling.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--top-k", type=int, default=0)

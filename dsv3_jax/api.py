@@ -84,7 +84,7 @@ class Model:
             top_k=top_k,
             min_p=min_p,
             seed=seed,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else stop or (),
             ignore_eos=ignore_eos,
         )
         return serve(self.decoder, self.params, self.tokenizer, prompts, sampling)

@@ -47,7 +47,9 @@ def _read_line(number: int, raw: bytes, plain_text: bool) -> Line:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise InvalidParameter("the line is not a JSON object")
-        if isinstance(value.get("custom_id"), str):
+        if "custom_id" in value:
+            if not isinstance(value["custom_id"], str):
+                raise InvalidParameter(f"custom_id is {json.dumps(value['custom_id'])[:60]}: it must be a string", "custom_id")
             custom_id = value["custom_id"]
         if "body" not in value and "url" not in value:
             body = {name: field for name, field in value.items() if name != "custom_id"}

@@ -36,6 +36,8 @@ def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
     answers = np.minimum(lengths(options.lengths, options.answer_tokens, options.requests, rng), longest - prompts)
     text = rng.integers(0, engine.config.vocab_size, 1 << 20)
     if options.text:
+        if engine.tokenizer is None:
+            raise UserError("--text needs a tokenizer, and this model has none: leave it out, prompts are then random tokens")
         text = np.asarray(engine.encode(options.text.read_text(encoding="utf-8", errors="replace")))
         if len(text) <= max(prompts):
             raise UserError(f"{options.text} has {len(text)} tokens, and the longest prompt {max(prompts)}: give a longer text")
@@ -46,9 +48,8 @@ def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
     ]
 
 
-def run(engine: Engine, options: argparse.Namespace) -> int:
+def run(engine: Engine, requests: list[Request], options: argparse.Namespace) -> int:
     """Prints tokens a second, times to the first and between tokens, cache use. Returns 1 if pages are missing at the end."""
-    requests = make_requests(engine, options)
     rng = np.random.default_rng(options.seed + 1)
     gaps = rng.exponential(1 / options.rate, len(requests)) if options.rate else np.zeros(len(requests))
     arrivals = np.cumsum(gaps)

@@ -14,7 +14,7 @@ import rich.progress
 from dsv3_jax import compilation_cache
 from dsv3_jax.errors import UserError, needs_extra
 from dsv3_jax.serving.batch import run_batch
-from dsv3_jax.serving.engine import Engine
+from dsv3_jax.serving.engine import Engine, check_drafts
 from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, validate
 from dsv3_jax.serving.request import Request
 from dsv3_jax.serving.text import ReasoningSplitter
@@ -36,6 +36,7 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
 
 
 def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
+    check_drafts(options.speculate)
     if options.bench:
         from dsv3_jax.serving import bench
 
@@ -43,8 +44,9 @@ def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
             raise UserError(f"{options.text} does not exist: give a text file to cut prompts from")
         compilation_cache.use()
         engine = make_engine()
+        requests = bench.make_requests(engine, options)  # before minutes of compilation: what is wrong with them
         compile_all(engine)
-        return bench.run(engine, options)
+        return bench.run(engine, requests, options)
     if options.input and not options.input.is_file():
         raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
     if options.output and not options.output.absolute().parent.is_dir():
@@ -108,7 +110,7 @@ def batch(api: Api, options: argparse.Namespace) -> int:
         by_place = ", ".join(f"{part:.1%}" for part in stats.acceptance)
         print(f"drafts accepted: {stats.accepted} of {stats.drafted} ({by_place})", file=sys.stderr)
     if failed:
-        print(f"{failed} lines failed: their records in {options.output} have an error", file=sys.stderr)
+        print(f"{failed} line{'s' * (failed > 1)} failed: see the errors in {options.output}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -290,6 +290,9 @@ def main() -> None:
     config = dataclasses.replace(config, num_nextn_predict_layers=int(options.speculate > 0))
     if options.empty:
         config = empty(config)
+    context = max(options.context) + 8 * options.calls + 8
+    longest = max(context, options.prefill + 1)
+    config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
     decoder = Decoder(config, named_recipe(options.precision))
     bandwidth = 0.0 if options.host else copy_bandwidth()
     start = time.perf_counter()
@@ -300,8 +303,6 @@ def main() -> None:
         f"{'FP8' if options.fp8_cache else 'bf16'} cache: {gigabytes:.1f} GB of weights in {time.perf_counter() - start:.0f} s; "
         f"{jax.local_devices()[0].device_kind}, jax {jax.__version__}, copy {bandwidth / 1e9:.0f} GB/s"
     )
-    context = max(options.context) + 8 * options.calls + 8
-    longest = max(context, options.prefill + 1)
     num_pages = max([1, *options.batch]) * pages_for(context) + pages_for(options.prefill + 1)
     engine = Engine(
         decoder, params, max_batch=max([1, *options.batch]), max_length=longest, num_pages=num_pages,

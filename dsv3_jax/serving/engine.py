@@ -7,6 +7,7 @@ engine.generate(["def main("], SamplingParams(max_new_tokens=32, temperature=0))
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +96,11 @@ class Engine:
         for name, value in sizes.items():
             if value is not None and value < least.get(name, 1):
                 raise UserError(f"{name} is {value}: it must be at least {least.get(name, 1)}")
-        if not 0 <= speculate <= _MOST_DRAFTS:
-            raise UserError(f"speculate is {speculate}: a step drafts {_MOST_DRAFTS} tokens at most, or none with 0")
+        check_drafts(speculate)
         if speculate and not config.num_nextn_predict_layers:
             raise UserError("this model has no MTP module (num_nextn_predict_layers=0): run it without speculation")
-        max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+        if (max_length := max_length or config.max_position_embeddings) > config.max_position_embeddings:
+            raise UserError(f"max_length is {max_length}: this model has positions for {config.max_position_embeddings} tokens")
         params = ranks.place(ranks.decode_params(decoder, params, consume=consume))
         self.balancer = None
         if redundant_experts or rebalance_steps:  # before the cache is sized: copies of experts take memory
@@ -134,15 +135,8 @@ class Engine:
         self._running: tuple[Work, Result] | None = None  # the step on the device
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt. Raises UserError for text without a tokenizer, and for ids outside the vocabulary."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("this model has no tokenizer: give the prompt as token ids")
-            return self.tokenizer.encode(prompt)
-        tokens = [int(token) for token in prompt]
-        if any(not 0 <= token < self.config.vocab_size for token in tokens):
-            raise InvalidParameter(f"the prompt has token ids outside the vocabulary 0..{self.config.vocab_size - 1}", "prompt")
-        return tokens
+        """`encode` for this model."""
+        return encode(prompt, self.tokenizer, self.config.vocab_size)
 
     def prepare(self, request: Request) -> None:
         """Checks a request and makes what its answer needs, beside the engine's work: any thread may call it before `add`.
@@ -280,6 +274,12 @@ class Engine:
         return Output(request, tokens[:used], text, logprobs[:used], request.finish_reason)
 
 
+def check_drafts(speculate: int) -> None:
+    """Raises UserError for more drafts a step than there may be."""
+    if not 0 <= speculate <= _MOST_DRAFTS:
+        raise UserError(f"speculate is {speculate}: a step drafts {_MOST_DRAFTS} tokens at most, or none with 0")
+
+
 def _scratch(decoder: Decoder, ranks: Ranks, tokens: int) -> int:
     """Bytes that a prefill step of so many tokens on each device works in: a row for every token and each of its experts, as it comes and
     as it goes, if all meet on one device (parallel.replicas). V3 on eight devices: 5.6 GB at 4,096 tokens (XLA: 4.5), on one 0.7 (0.8)."""
@@ -297,16 +297,33 @@ def _logprobs(request: Request, tokens: list[int], row: int, sampled: Sampled) -
     return [TokenLogprob(token, float(sampled.logprobs[row, i]), tuple(zip(top[0][i], top[1][i]))) for i, token in enumerate(tokens)]
 
 
+def encode(prompt: str | Sequence[int], tokenizer, vocab_size: int) -> list[int]:
+    """Token ids of a prompt. Raises UserError for text without a tokenizer, and for what are no ids of the vocabulary."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UserError("this model has no tokenizer: give the prompt as token ids")
+        return tokenizer.encode(prompt)
+    tokens = np.asarray(prompt, object)
+    if tokens.ndim != 1 or not all(isinstance(token, Integral) for token in tokens):
+        raise InvalidParameter(f"a prompt is {str(prompt)[:60]}: give a text, or token ids, which are integers", "prompt")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise InvalidParameter(f"the prompt has token ids outside the vocabulary 0..{vocab_size - 1}", "prompt")
+    return tokens.tolist()
+
+
 def generate(decoder: Decoder, params: dict, tokenizer, prompts, sampling: SamplingParams):
     """One prompt or a list of them, as text or token ids; the same kind comes back, new tokens only (`Model.generate`)."""
+    if not np.iterable(prompts):
+        raise UserError(f"prompts are {prompts!r}: give a text, a list of texts, a list of token ids, or a list of such")
     single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0)
     prompts = [prompts] if single else list(prompts)
     if not prompts:
         return []
-    longest = max(len(tokenizer.encode(p)) if isinstance(p, str) and tokenizer else len(p) for p in prompts)
-    engine = Engine(decoder, params, tokenizer=tokenizer, max_batch=min(len(prompts), 64), max_length=longest + sampling.max_new_tokens)
+    encoded = [encode(prompt, tokenizer, decoder.config.vocab_size) for prompt in prompts]
+    longest = min(max(map(len, encoded)) + sampling.max_new_tokens, decoder.config.max_position_embeddings)
+    engine = Engine(decoder, params, tokenizer=tokenizer, max_batch=min(len(prompts), 64), max_length=longest)
     answers = [
         completion.text if isinstance(prompt, str) else completion.tokens
-        for prompt, completion in zip(prompts, engine.generate(prompts, sampling))
+        for prompt, completion in zip(prompts, engine.generate(encoded, sampling))
     ]
     return answers[0] if single else answers

@@ -22,6 +22,7 @@ from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving.metrics import Metrics
@@ -146,12 +147,15 @@ def _as_refusal(described: dict) -> dict:
 async def _read_json(request: HttpRequest) -> object:
     """The body. One that is too large is read to its end, and forgotten, if it is not endless: only then a client hears why."""
     raw, size = bytearray(), 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size <= MAX_BODY:
-            raw += piece
-        elif size > 16 * MAX_BODY:
-            break
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            if size <= MAX_BODY:
+                raw += piece
+            elif size > 16 * MAX_BODY:
+                break
+    except ClientDisconnect as error:
+        raise Refusal(499, "the client is gone") from error
     if size > MAX_BODY:
         raise Refusal(413, f"the body is larger than {MAX_BODY} bytes", code="request_too_large")
     try:

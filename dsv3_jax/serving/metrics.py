@@ -24,6 +24,8 @@ class Timing:
 class Metrics:
     """Counts what the engine counts when asked, and measures times as outputs pass."""
 
+    line_seconds = 10
+
     def __init__(self, engine: Engine, model_name: str):
         self.engine, self._labels = engine, [model_name]
         self.registry = prometheus_client.CollectorRegistry()
@@ -99,9 +101,9 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
     def line(self) -> str | None:
-        """The throughput since the last line, ten seconds or more ago, if there was any."""
+        """The throughput since the last line, `line_seconds` or more ago, if there was any."""
         now, stats, scheduler = time.monotonic(), self.engine.stats, self.engine.scheduler
-        if (passed := now - self._line_at) < 10:
+        if (passed := now - self._line_at) < self.line_seconds:
             return None
         before, self._line_stats = self._line_stats, (stats.prompt_tokens, stats.generated_tokens)
         self._line_at = now

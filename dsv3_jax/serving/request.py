@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 from array import array
 from functools import cached_property
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any, NamedTuple
 
 from dsv3_jax.errors import UserError
@@ -45,19 +47,21 @@ class SamplingParams:
     json_schema: str | None = None
 
     def __post_init__(self):
-        for name, good, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "within 0..100"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
-            ("min_p", 0 <= self.min_p <= 1, "within 0..1"),
-            ("stop", all(self.stop), "without empty texts"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "within -2..2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "within -2..2"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"within 0..{MAX_LOGPROBS}"),
+        for name, kind, good, allowed in (
+            ("max_new_tokens", Integral, lambda value: value >= 1, "an integer of at least 1"),
+            ("temperature", Real, lambda value: 0 <= value <= 100, "a number within 0..100"),
+            ("top_p", Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+            ("top_k", Integral, lambda value: value >= 0, "an integer of at least 0 (0 keeps all)"),
+            ("min_p", Real, lambda value: 0 <= value <= 1, "a number within 0..1"),
+            ("seed", Integral, lambda value: True, "an integer"),
+            ("stop", tuple, lambda value: all(isinstance(text, str) and text for text in value), "texts, none of them empty"),
+            ("presence_penalty", Real, lambda value: -2 <= value <= 2, "a number within -2..2"),
+            ("frequency_penalty", Real, lambda value: -2 <= value <= 2, "a number within -2..2"),
+            ("logprobs", (Integral, NoneType), lambda value: 0 <= (value or 0) <= MAX_LOGPROBS, f"an integer within 0..{MAX_LOGPROBS}"),
         ):
-            if not good:
-                raise InvalidParameter(f"{name} is {getattr(self, name)!r}: it must be {allowed}", name)
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not good(value):
+                raise InvalidParameter(f"{name} is {value!r}: it must be {allowed}", name)
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -98,10 +102,6 @@ class Request:
     def __post_init__(self):
         self.prompt = [int(token) for token in self.prompt]
         self.tokens = list(self.prompt)
-
-    @property
-    def num_new_tokens(self) -> int:
-        return len(self.tokens) - len(self.prompt)
 
     @cached_property  # asked for in every step
     def max_tokens(self) -> int:

@@ -85,14 +85,14 @@ class Scheduler:
             raise InvalidParameter("the prompt is empty: give at least one token", "prompt")
         if request.max_tokens > self.max_length:
             raise InvalidParameter(
-                f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {request.params.max_new_tokens}: together at most "
+                f"the prompt has {len(request.prompt)} tokens and the answer may have {request.params.max_new_tokens}: together at most "
                 f"{self.max_length} fit this context",
                 "prompt",
                 "context_length_exceeded",
             )
         if request.max_tokens > self.capacity:
             raise InvalidParameter(
-                f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {request.params.max_new_tokens}: the whole cache "
+                f"the prompt has {len(request.prompt)} tokens and the answer may have {request.params.max_new_tokens}: the whole cache "
                 f"holds {self.capacity}; shorten the request or give the cache more pages",
                 "prompt",
                 "context_length_exceeded",
@@ -169,8 +169,10 @@ class Scheduler:
         """Whether one more request may run on a rank: one of its rows is free, or was until a prefill step that has room for more."""
         here = [request for request in self.running if request.rank == rank]
         prefilling = [request for request in here if request.prefilling]
-        free = self.rows_per_rank - len(here)
-        return free > 0 or (free + len(prefilling) > 0 and sum(map(self._width, prefilling)) < self.prefill_tokens)
+        if len(here) < self.rows_per_rank:
+            return True
+        step_has_room = len(prefilling) < self.rows_per_rank and sum(map(self._width, prefilling)) < self.prefill_tokens
+        return step_has_room and len(here) - len(prefilling) < self.rows_per_rank
 
     def _place(self, keys: list[bytes], needed: int) -> tuple[int, list[int]] | None:
         """A rank with room for a request, and the pages of its prefix there: the longest one found, where loads are alike."""
@@ -199,7 +201,7 @@ class Scheduler:
         """The first request decides the rows' width and kind; those that fit beside it join, on every rank."""
         first = prefilling[0]
         chunk, width = _chunk(first), self._width(first)
-        room = [max(self.prefill_tokens // width, 1)] * self.pool.num_ranks
+        room = [min(max(self.prefill_tokens // width, 1), self.rows_per_rank)] * self.pool.num_ranks
         room[first.rank] -= 1
         rows = [first]
         for request in prefilling[1:]:

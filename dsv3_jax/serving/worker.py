@@ -86,10 +86,10 @@ class Worker(threading.Thread):
             _send(loop, of_loop)
 
     def _obey(self) -> bool:
-        """Takes what was asked for meanwhile; waits where there is no work. False: stop."""
+        """Takes what was asked for meanwhile; waits where there is no work, for as long as the log can. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not self.engine.has_work)
+                command = self._commands.get(block=not self.engine.has_work, timeout=self.metrics.line_seconds)
             except queue.Empty:
                 return True
             if command[0] == "stop":

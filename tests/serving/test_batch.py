@@ -80,6 +80,7 @@ BAD = {
     "not UTF-8": (b'{"prompt": "\xff"}', "not UTF-8"),
     "deep": (b"[" * 100_000, "not valid JSON"),
     "url": ({"url": "/v1/embeddings", "body": {}}, "not supported"),
+    "custom_id": ({"custom_id": 7, "prompt": "x"}, "custom_id is 7: it must be a string"),
     "no body": ({"url": "/v1/completions"}, "must be a JSON object"),
     "typo": ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'"),
     "type": ({"prompt": "x", "temperature": "hot"}, "must be a number within"),
@@ -179,7 +180,7 @@ def test_command_answers_a_prompt_and_a_file(capsys, plain, tmp_path):
     assert status == 0 and out.strip("\n")
     source = write(tmp_path / "in.jsonl", [{"prompt": "hello", "max_tokens": 4}, b"broken"])
     status, _, errors = run_command(capsys, plain.path, "--input", source, "--output", tmp_path / "out.jsonl", *common)
-    assert status == 1 and "1 lines failed" in errors
+    assert status == 1 and "1 line failed" in errors
     assert records(tmp_path / "out.jsonl")[0]["response"]["body"]["choices"][0]["text"] == out.removesuffix("\n")
 
 

@@ -73,3 +73,14 @@ def test_help_is_quick_and_whole(capsys):
     with pytest.raises(SystemExit) as stop:
         serve.main(["--help"])
     assert stop.value.code == 0 and "--speculate" in capsys.readouterr().out
+
+
+def test_wrong_options_are_refused_before_anything_is_loaded(plain, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "make_engine", lambda options: pytest.fail("loaded"))
+    assert serve.main([str(plain.path), "--prompt", "x", "--speculate", "4"]) == 2
+    assert capsys.readouterr().err == "error: speculate is 4: a step drafts 3 tokens at most, or none with 0\n"
+
+
+def test_prompts_are_not_cut_from_a_text_without_a_tokenizer(capsys):
+    assert serve.main(["bench", "tiny", "--random", "bf16", "--text", __file__, *SMALL]) == 2
+    assert capsys.readouterr().err.startswith("error: --text needs a tokenizer")

@@ -1,6 +1,7 @@
 """The engine against the tokens of other software, and against whole forward passes where those end."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -178,6 +179,11 @@ def test_what_cannot_run_is_refused_before_anything_runs(plain):
         engine.generate([[5, 384]], GREEDY)
     with pytest.raises(UserError, match="no tokenizer"):
         engine.generate(["text"], GREEDY)
+    for prompts, words in ((5, "prompts are 5"), ([1.5], "prompt is [1.5]"), ([[5], 5], "prompt is 5"), ([["a"]], "prompt is ['a']")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            generate(plain.decoder, plain.params, plain.tokenizer, prompts, GREEDY)
+    with pytest.raises(UserError, match="max_length is 1000: this model has positions for 512 tokens"):
+        make(plain, max_length=1000)
     with pytest.raises(UserError, match="no MTP module"):
         make(plain, speculate=True)
     with pytest.raises(UserError, match="FP8 cache needs kv_lora_rank=512"):
@@ -202,8 +208,9 @@ def test_a_cache_has_to_fit_into_the_memory(plain, monkeypatch):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2), ("max_new_tokens", 0), ("logprobs", 21)],
+    [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2), ("max_new_tokens", 0), ("logprobs", 21)]
+    + [("temperature", "hot"), ("top_k", 1.5), ("max_new_tokens", "x"), ("seed", "x"), ("stop", 5), ("stop", ("",)), ("logprobs", "all")],
 )
 def test_sampling_parameters_are_checked(field, value):
-    with pytest.raises(UserError, match=f"{field} is {value}"):
+    with pytest.raises(UserError, match=re.escape(f"{field} is {value!r}: it must be ")):
         SamplingParams(**{field: value})

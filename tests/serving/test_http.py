@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import re
 import signal
@@ -221,6 +222,28 @@ def test_clients_that_vanish_give_their_pages_back(server, stream, monkeypatch):
         vanished = len(steps)
     wait_until(lambda: idle(server.engine) and not server.worker._streams, 30)
     assert aborted() - before == 8 and len(steps) - vanished <= 50
+
+
+def test_a_client_that_vanishes_within_its_body_is_no_error_of_the_server(server, caplog):
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"prompt": ')
+        time.sleep(0.2)
+    time.sleep(0.2)
+    log.removeHandler(caplog.handler)
+    assert server.client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+    assert not caplog.records, caplog.text
+
+
+def test_the_log_says_what_was_generated_although_nothing_follows(server, caplog, monkeypatch):
+    monkeypatch.setattr(server.worker.metrics, "line_seconds", 0.3)
+    monkeypatch.setattr(logging.getLogger("dsv3_jax.serving"), "propagate", True)
+    with caplog.at_level(logging.INFO, "dsv3_jax.serving"):
+        time.sleep(0.4)
+        server.client.completions.create(model="tiny", prompt="x", max_tokens=3, extra_body={"ignore_eos": True})
+        wait_until(lambda: "Avg generation throughput" in caplog.text and "Running: 0 reqs" in caplog.text, 30)
 
 
 def test_64_streams_at_once(server):

@@ -146,6 +146,14 @@ def test_all_rows_are_taken_while_others_queue():
     assert np.mean(rows[4:]) > 15.8 and max(rows) == 16, rows
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_prefill_step_has_no_more_rows_than_decode_steps(rows):
+    scheduler, steps = decoding(0, answer=0, max_batch=rows)
+    requests = [Request([i, 1, 2], SamplingParams(max_new_tokens=5)) for i in range(20)]
+    run(scheduler, requests, np.random.default_rng(0))
+    assert max(rows for kind, rows, _ in steps if kind == "prefill") == rows
+
+
 @pytest.mark.parametrize("queue, least", [(0, 1), (3, 7)])
 def test_a_prefill_step_does_not_wait_for_long(queue, least):
     """Not at all without a queue; where the pool has pages for one more alone, until it has missed as many steps as seven lose by one."""
