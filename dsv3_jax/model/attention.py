@@ -106,7 +106,9 @@ class MLA(Module):
         latent, k_rope = jnp.split(latent_BSC, [c.kv_lora_rank], axis=-1)
         kv = self.linear("kv_b_proj", latent).reshape(*latent.shape[:2], c.num_attention_heads, -1)
         k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
-        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
+        # Wide, so that its gradient is summed over the heads in float32: a Hopper GPU adds bfloat16 as it stands.
+        wide = jnp.promote_types(k_rope.dtype, jnp.float32)
+        k_rope = jnp.broadcast_to(k_rope[:, :, None].astype(wide), (*k_nope.shape[:3], c.qk_rope_head_dim)).astype(k_rope.dtype)
         return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
     def output(self, attended_BSHV: jax.Array) -> jax.Array:
