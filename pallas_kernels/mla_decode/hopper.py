@@ -5,7 +5,7 @@ time. The 64 x 512 output does not fit the registers of one warpgroup, so two sh
 
   warpgroup 0: S0 = Q K0^T, softmax -> P0     O_left  += P0 V0_left,   O_left  += P1 V1_left
   warpgroup 1: S1 = Q K1^T                    O_right += P0 V0_right, softmax -> P1, O_right += P1 V1_right
-  warpgroup 2: loads Q and pages; pages of an FP8 pool it dequantises on their way
+  warpgroup 2: loads Q and pages; pages of an FP8 pool it also dequantises, in place
 
 so that the tensor cores work for one of them while the other is in its softmax. Shared memory is full (Q and two pages are
 221,184 of 232,448 bytes), which is why P0 overwrites the RoPE columns of its own page: only S0 needed them.
@@ -36,14 +36,10 @@ HALF = LATENT // 2  # value columns of one warpgroup
 # Sums are rescaled only where a score exceeds the reference of the exponentials by this power of 2. That saves 3 to 6% of the time, but
 # costs 1 to 8% where more than LAZY_TILES tiles read the same pages: presumably they drift apart, and L2 has lost a page by then.
 SLACK, LAZY_TILES = 8.0, 2
-REGISTERS = {"float": (240, 24), "fp8": (208, 88)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
-COLUMNS = 64  # of FP8 pages, converted at a time
-AHEAD = 1  # pieces of FP8 pages, of 128 columns, that are on their way to registers while one is dequantised
+REGISTERS = {"float": (240, 24), "fp8": (216, 72)}  # of a computing and of the loading warpgroup; 2 a + b <= 504
+FP8_COLUMNS = 64  # dequantised at a time
 WGMMA_OPERAND = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 UPCAST = plgpu.Layout.WGMMA_UPCAST_4X  # eight neighbours a lane
-WORDS = plgpu.Layout.TILED(  # the same of words of four
-    plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
-)
 ROW_VECTOR = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 
 
@@ -72,6 +68,9 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
         return out[:, :rows].reshape(*shape, LATENT), lse[:, :rows].reshape(shape)
 
     half = plgpu.SMEM((2, PAGE_SIZE, HALF), jnp.bfloat16, transforms=WGMMA_OPERAND)
+    if fp8:  # The 16 KB of codes land in the 32 KB of their values, at 2 slot; the RoPE values behind them, at 4 slot + 2.
+        codes = plgpu.SMEM((4, PAGE_SIZE, HALF), jnp.float8_e4m3fn)
+        half = plgpu.RefUnion(half, codes, plgpu.SMEM((8, PAGE_SIZE, ROPE), jnp.bfloat16))
     out, lse, partial_out, partial_lse = plgpu.kernel(
         functools.partial(
             _attend,
@@ -100,6 +99,8 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
             left_full=plgpu.Barrier(num_barriers=2),
             left_empty=plgpu.Barrier(num_barriers=2),
             right_full=plgpu.Barrier(num_arrivals=1 if fp8 else 2, num_barriers=2),
+            left_codes_full=plgpu.Barrier(num_barriers=2),  # of FP8 pages
+            right_codes_full=plgpu.Barrier(num_arrivals=2, num_barriers=2),
             right0_empty=plgpu.Barrier(num_arrivals=2),  # both warpgroups read P0, which lies in it
             right1_empty=plgpu.Barrier(),
             p_full=plgpu.Barrier(num_barriers=2),
@@ -122,30 +123,23 @@ def mla_decode(q, kv_pages, page_table, lengths, *, softmax_scale, out_dtype, va
 
 
 def _fp8_views(kv_pages):
-    """The bytes of an FP8 pool as words [P, 64, 164], codes and scales, and as RoPE values [P, 64, 328]: bitcasts, nothing is copied."""
-    return tuple(
-        lax.bitcast_convert_type(kv_pages.reshape(*kv_pages.shape[:-1], -1, jnp.dtype(dtype).itemsize), dtype)
-        for dtype in (jnp.float32, jnp.bfloat16)
-    )
+    """The bytes of an FP8 pool as codes [P, 64, 656], scales [P, 64, 164] and RoPE values [P, 64, 328]: bitcasts, nothing is copied."""
+    words = [kv_pages.reshape(*kv_pages.shape[:-1], -1, size) for size in (4, 2)]
+    codes = lax.bitcast_convert_type(kv_pages, jnp.float8_e4m3fn)
+    return codes, lax.bitcast_convert_type(words[0], jnp.float32), lax.bitcast_convert_type(words[1], jnp.bfloat16)
 
 
-def _to_values(interpreted):
-    """(words of four codes, scales [64]) -> bfloat16 [64, COLUMNS]. Codes wait in registers as words: of bytes, each would take one."""
-    if interpreted:
-        codes = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.float8_e4m3fn)
-        return lambda words, scale: (codes(words).reshape(PAGE_SIZE, -1).astype(jnp.float32) * scale[:, None]).astype(jnp.bfloat16)
+def _load_untiled(ref):
+    """A [64, n] piece of an untiled buffer, in the layout of an upcast. `plgpu.load` would have the buffer tiled, which its copy cannot do:
+    the 656 bytes of a row are no multiple of a tile."""
+    result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=UPCAST)
 
-    result = plgpu.ShapeDtypeStruct((PAGE_SIZE, COLUMNS), jnp.bfloat16, layout=UPCAST)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def load(ctx, ref):
+        del ctx
+        return mgpu.FragmentedArray.load_untiled(ref, layout=UPCAST.to_mgpu(), optimized=False)
 
-    @plgpu.inline_mgpu(arg_types=(WORDS, UPCAST.reduce(1)), return_type=result)
-    def to_values(_, words, scale):
-        registers = np.empty_like(words.registers)
-        for i, register in np.ndenumerate(words.registers):
-            registers[i] = utils.bitcast(register, ir.VectorType.get((8,), ir.Float8E4M3FNType.get()))
-        x = mgpu.FragmentedArray(_registers=registers, _layout=UPCAST.to_mgpu(), _is_signed=None).astype(ir.F32Type.get())
-        return (x * scale.broadcast_in_dim(x.shape, (0,), x.layout)).astype(ir.BF16Type.get())
-
-    return to_values
+    return load(ref)
 
 
 @plgpu.inline_mgpu(
@@ -188,6 +182,8 @@ def _attend(
     right0_empty,
     right1_empty,
     p_full,
+    left_codes_full,
+    right_codes_full,
     sums_full,
     num_queries,
     heads,
@@ -198,28 +194,26 @@ def _attend(
 ):
     """The kernel. `scale` makes scores logarithms to base 2; all maxima and partial lse are in these units."""
     *kv_gmem, out_gmem, lse_gmem, partial_gmem, partial_lse_gmem = gmem
-    fp8 = len(kv_gmem) == 2
+    fp8 = len(kv_gmem) == 3
     tile, part, warpgroup = (lax.axis_index(name) for name in ("tile", "part", "warpgroup"))
     tile_rows = pl.ds(tile * ROWS, ROWS)
 
-    def read_bounds():
-        return bounds_gmem[part, 0], bounds_gmem[part, 1], bounds_gmem[part + 1, 0], bounds_gmem[part + 1, 1]
-
-    bounds = None if fp8 else read_bounds()  # with FP8 pages they would be spilled
-
-    def num_segments():
-        first_sequence, _, last_sequence, last_block = bounds or read_bounds()
-        return last_sequence - first_sequence + (last_block > 0).astype(jnp.int32)
+    first_sequence, first_block = bounds_gmem[part, 0], bounds_gmem[part, 1]
+    last_sequence, last_block = bounds_gmem[part + 1, 0], bounds_gmem[part + 1, 1]
+    num_segments = last_sequence - first_sequence + (last_block > 0).astype(jnp.int32)
 
     def segment(i):
         """The i-th piece of work: (sequence, its length, blocks of it from low to high, whether that is all of it)."""
-        first_sequence, first_block, last_sequence, last_block = bounds or read_bounds()
         sequence = first_sequence + i
         length = lengths_gmem[sequence]
         low = jnp.where(i == 0, first_block, 0)
         high = jnp.where(sequence == last_sequence, last_block, num_blocks(length))
         return sequence, length, low, high, (low == 0) & (high == num_blocks(length))
 
+    if fp8:
+        (left_smem, left_codes, _), (right_smem, right_codes, rope_codes) = left_smem, right_smem
+        codes_smem = left_codes, right_codes
+        codes_full = left_codes_full, right_codes_full
     halves = left_smem, right_smem
     full = left_full, right_full
     empty = (left_empty.at[0], left_empty.at[1]), (right0_empty, right1_empty)
@@ -360,7 +354,7 @@ def _attend(
         plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][0], action="increase")
         columns = pl.ds(side * HALF, HALF)
 
-        @pl.loop(0, num_segments())
+        @pl.loop(0, num_segments)
         def _(i):
             sequence, length, low, high, whole = segment(i)
             plgpu.barrier_wait(q_full)
@@ -414,51 +408,35 @@ def _attend(
             if side == 1:
                 plgpu.copy_gmem_to_smem(kv_gmem[0].at[page, :, pl.ds(LATENT, ROPE)], rope_smem.at[slot], full[side].at[slot])
 
-    # What is loaded at once of the FP8 pages of a block, in the order in which it is needed: (slot, side, first column).
-    units = [
-        (slot, side, column)
-        for slot in range(2)
-        for side in order(slot)
-        for column in range(side * HALF, (LATENT + ROPE if side == 1 else HALF), TILE)
-    ]
+    def load_codes(page, slot, reused):
+        """An FP8 page as it is: its scales are read when it is dequantised."""
+        for side in order(slot):
+            wait_if(reused, empty[side][slot])
+            source = kv_gmem[0].at[page, :, pl.ds(side * HALF, HALF)]
+            plgpu.copy_gmem_to_smem(source, codes_smem[side].at[2 * slot], codes_full[side].at[slot])
+            if side == 1:
+                rope = pl.ds((LATENT + 16) // 2, ROPE)  # behind 512 codes and 16 bytes of scales
+                plgpu.copy_gmem_to_smem(kv_gmem[2].at[page, :, rope], rope_codes.at[4 * slot + 2], codes_full[side].at[slot])
 
-    def fetch(page, column):
-        """128 codes of each token and their scales, or the RoPE values, on their way to registers."""
-        words, rope = (ref.at[page] for ref in kv_gmem)
-        if column == LATENT:  # behind 512 codes and 16 bytes of scales
-            return (plgpu.load(rope.at[:, pl.ds((LATENT + 16) // 2, ROPE)], layout=UPCAST, optimized=False),)
-        scale = plgpu.load(words.at[:, LATENT // 4 + column // TILE], layout=UPCAST.reduce(1), optimized=False)
-        starts = range(column // 4, (column + TILE) // 4, COLUMNS // 4)
-        return scale, *(plgpu.load(words.at[:, pl.ds(start, COLUMNS // 4)], layout=WORDS, optimized=False) for start in starts)
-
-    def dequantise(loaded, at, side, column, used):
-        """What was fetched, as values to shared memory. What lies behind the end may be NaN, and NaN * 0 is NaN."""
-
-        def clear(x, layout):
-            return jnp.where(plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout) < used, x, jnp.zeros_like(x))
-
-        if column == LATENT:
-            rope_smem.at[at][...] = clear(*loaded, UPCAST)
-            return
-        scale, *words = loaded
-        scale = clear(scale, UPCAST.reduce(1))
-        for i, x in enumerate(words):
-            columns = pl.ds(column - side * HALF + i * COLUMNS, COLUMNS)
-            halves[side].at[at, :, columns][...] = _to_values(interpreted)(clear(x, WORDS), scale)
-
-    def load_fp8_block(page_of, length, block, carry):
-        done, *loaded = carry
-        page = functools.cache(lambda turn, slot: page_of(block + turn, slot))
-        for k, (slot, side, column) in enumerate(units):
-            turn, coming = divmod(k + AHEAD, len(units))
-            loaded.append(fetch(page(turn, units[coming][0]), units[coming][2]))
-            if column in (0, HALF):
-                wait_if(done > 0, empty[side][slot])
-            dequantise(loaded.pop(0), indices(block)[slot], side, column, length - block * BLOCK - slot * PAGE_SIZE)
-            if column in (HALF - TILE, LATENT):
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(full[side].at[slot])
-        return done + 1, *loaded
+    def dequantise(page, slot, used):
+        """Codes to values, in place: all codes of a half into registers, then its values over them."""
+        load = functools.partial(plgpu.load, layout=UPCAST) if interpreted else _load_untiled
+        for side in order(slot):
+            tiles = range(side * HALF // TILE, (side + 1) * HALF // TILE)
+            scales = [plgpu.load(kv_gmem[1].at[page, :, LATENT // 4 + i], layout=UPCAST.reduce(1), optimized=False) for i in tiles]
+            plgpu.barrier_wait(codes_full[side].at[slot])
+            if side == 1:
+                rope_smem.at[slot][...] = load(rope_codes.at[4 * slot + 2])
+            columns = [pl.ds(i, FP8_COLUMNS) for i in range(0, HALF, FP8_COLUMNS)]
+            codes = [load(codes_smem[side].at[2 * slot, :, c]) for c in columns]
+            plgpu.commit_smem()  # all have read what is now overwritten
+            for i, c in enumerate(columns):
+                values = codes[i].astype(jnp.float32) * lax.broadcast_in_dim(scales[i * FP8_COLUMNS // TILE], codes[i].shape, [0])
+                token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=UPCAST)
+                values = values.astype(jnp.bfloat16)
+                halves[side].at[slot, :, c][...] = jnp.where(token < used, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full[side].at[slot])
 
     def load():
         plgpu.set_max_registers(REGISTERS["fp8" if fp8 else "float"][1], action="decrease")
@@ -469,24 +447,22 @@ def _attend(
             wait_if(i > 0, q_empty)
             plgpu.copy_gmem_to_smem(q_gmem.at[sequence, tile_rows], q_smem.at[0], q_full)
 
-            def page_of(block, slot):
-                # An odd last page is loaded twice, masked the second time. Bad entries are clipped into the pool.
-                return jnp.clip(table_gmem[sequence, jnp.minimum(2 * block + slot, last_page)], 0, num_pages - 1)
-
-            if fp8:
-                first = (fetch(page_of(low, slot), column) for slot, _, column in units[:AHEAD])
-                return lax.fori_loop(low, high, functools.partial(load_fp8_block, page_of, length), (done, *first))[0]
-
             def load_block(block, done):
-                for slot, page in enumerate([page_of(block, slot) for slot in range(2)]):
-                    load_page(page, slot, done > 0)
+                # An odd last page is loaded twice, masked the second time. Bad entries are clipped into the pool.
+                index = [jnp.minimum(2 * block + slot, last_page) for slot in range(2)]
+                pages = [jnp.clip(table_gmem[sequence, i], 0, num_pages - 1) for i in index]
+                for slot, page in enumerate(pages):
+                    (load_codes if fp8 else load_page)(page, slot, done > 0)
+                if fp8:
+                    for slot, page in enumerate(pages):
+                        dequantise(page, slot, length - block * BLOCK - slot * PAGE_SIZE)
                 return done + 1
 
             return lax.fori_loop(low, high, load_block, done)
 
-        done = lax.fori_loop(0, num_segments(), load_segment, jnp.int32(0))
+        done = lax.fori_loop(0, num_segments, load_segment, jnp.int32(0))
         # Nothing may arrive at a barrier of a block that has ended.
-        wait_if(num_segments() > 0, q_empty)
+        wait_if(num_segments > 0, q_empty)
         for barrier in (*empty[0], *empty[1]):
             wait_if(done > 0, barrier)
 
