@@ -28,7 +28,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def bytes_a_device(config: TrainConfig, sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of each kind of array that one device of a mesh of those sizes holds in a step with first buffers; no activations.
+    """Bytes of each kind of array that one device of a mesh of those sizes holds in a step with first buffers; of activations only those
+    that a pipeline keeps from tick to tick.
 
     Masters and moments lie in shards (ZeRO-1, parallel/sharding.py); a step works on whole weights of its own layers and experts.
     """
@@ -103,7 +104,7 @@ def _of_pipeline(config: TrainConfig, sizes: dict[str, int], decoder: Decoder) -
     shared = _bytes(outside) - _bytes(experts) + _bytes(experts) // parts
     places = sum(table.forward_slots) + sum(table.backward_slots) + 2
     return {
-        "weights of a step": weights + shared,
+        "weights of a step, as products read them": weights + shared,
         "gradients, float32": gradients + shared,
         "activations kept for the backward": kept * (table.residual_slots + 1),
         "outputs and gradients that wait": places * _bytes(x_BSD),
@@ -124,9 +125,9 @@ def report(config: TrainConfig, num_devices: int) -> str:
     lines = [
         f"parameters: {counts['main']:,} main, {counts['mtp']:,} MTP only; {counts['activated']:,} activated by a token",
         f"mesh: {', '.join(f'{axis}={size}' for axis, size in sizes.items())} ({num_devices} devices)",
-        "bytes a device, activations not counted:",
-        *(f"  {kind:<28} {count:>20,}" for kind, count in kinds.items()),
-        f"  {'together':<28} {sum(kinds.values()):>20,}",
+        f"bytes a device, {'what a tick computes with' if sizes['pipe'] > 1 else 'activations'} not counted:",
+        *(f"  {kind:<40} {count:>20,}" for kind, count in kinds.items()),
+        f"  {'together':<40} {sum(kinds.values()):>20,}",
         f"tokens a step: {config.batch_size * length:,}"
         + (f", rising from {first * length:,}" if first != config.batch_size else "")
         + f"; {schedules.total_tokens(config):,.0f} in {config.steps:,} steps",

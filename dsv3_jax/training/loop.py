@@ -324,6 +324,8 @@ def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | No
     old, new = _kept(from_dict(TrainConfig, saved.config)), _kept(config)
     if changed := [f"{name} was {old[name]}, is {new[name]}" for name in old if old[name] != new[name]]:
         raise UserError(f"{saved.directory} is of another run ({'; '.join(changed)}): use its settings, or another --workdir")
+    if saved.step > config.steps:
+        raise UserError(f"{saved.directory} is beyond step {config.steps}: give at least --steps {saved.step}, or --resume an earlier step")
     return saved
 
 

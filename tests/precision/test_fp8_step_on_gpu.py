@@ -2,7 +2,10 @@
 
 They are not equal: a sum that is rounded the other way moves a code of e4m3 a whole step, and what follows it. So both are compared with
 float32: the kernels must be as near to it as the reference is. How near that is: the reference with its weights changed by 1e-5 (on a CPU)
-is 0.65 of its own error apart from itself, and every weight's error 0.92 to 1.06 times what it was, 0.99 in the mean.
+is 0.65 of its own error apart from itself, and every weight's error 0.92 to 1.06 times what it was, 0.99 in the mean. Of the loss's terms
+so changed, eight times, main and mtp are 1e-4 above float32's with a standard deviation of 1.9e-4; balance is 6.5e-3 below it with 3.3e-4,
+as 1.5% of the tokens' choices fall on other experts. (On an H200 it is 6.4e-3 below with the kernels and 5.1e-3 in the reference; over five
+draws of tokens these two are 0.7e-3 apart in the root mean square. On a CPU, bfloat16 is 5.7e-3 from the reference.)
 """
 
 import jax
@@ -57,8 +60,9 @@ def test_loss_and_gradients_are_as_near_to_float32_as_the_reference_s():
         return terms, gradient
 
     (terms, ours), (reference_terms, reference), (exact_terms, exact) = step(FP8), step(FP8_REFERENCE), step(FLOAT32)
-    for term, tolerance in {"main": 1e-3, "mtp": 1e-3, "balance": 2e-2}.items():
+    for term, tolerance in {"main": 1e-3, "mtp": 1e-3, "balance": 1e-2}.items():
         np.testing.assert_allclose([terms[term], reference_terms[term]], exact_terms[term], rtol=tolerance, err_msg=term)
+    np.testing.assert_allclose(terms["balance"], reference_terms["balance"], rtol=3e-3)
     found = {}
     for (path, x), y, z in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), jax.tree.leaves(exact)):
         assert x.dtype == jnp.float32

@@ -56,7 +56,7 @@ def test_the_671b_recipe_leaves_room_for_activations():
     # A rank has slots for four MoE layers, 409M parameters on a device each, and two dense ones, embedding, head and the MTP module.
     layers, outside = 4 * 409e6 + 2 * 583e6, 2 * 129280 * 7168 + 512e6
     assert kinds["gradients, float32"] == pytest.approx(4 * (layers + outside), rel=0.01)
-    assert kinds["weights of a step"] == pytest.approx(2 * layers + 4 * outside, rel=0.01)
+    assert kinds["weights of a step, as products read them"] == pytest.approx(2 * layers + 4 * outside, rel=0.01)
     # The inputs of the four slots of a chunk, of 33 microbatches and one place that nothing needs.
     assert kinds["activations kept for the backward"] == pytest.approx(34 * 4 * 2 * 4096 * 7168, rel=0.01)
     assert sum(kinds.values()) < 50e9 and kinds["operands of weight gradients that wait"] == 0

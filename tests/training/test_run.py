@@ -205,6 +205,7 @@ def test_a_diverging_run_stops_with_its_checkpoints_intact(config, tmp_path):
     [
         ({"resume": "never"}, "already holds a run .step 6."),
         ({"resume": "/nowhere"}, "does not exist"),
+        ({"steps": 5}, "is beyond step 5: give at least --steps 6"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"sequence_length": 16}, "sequence_length was 32, is 16"),
         ({"model.hidden_size": 64}, "model.hidden_size was 32, is 64"),
