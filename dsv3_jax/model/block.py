@@ -50,7 +50,10 @@ class DecoderLayer(Module):
     ) -> tuple[jax.Array, jax.Array]:
         """`decode` of which one column of each row is wanted, at these positions (-1: of none): ([B, 1, D], the new pages). The others only
         leave their latents."""
-        at = lambda a: a if a is None or a.shape[1] == 1 else a[jnp.arange(len(a)), column_B][:, None]  # noqa: E731
+
+        def at(a):
+            return a if a is None or a.shape[1] == 1 else a[jnp.arange(len(a)), column_B][:, None]
+
         with jax.named_scope("attention"):
             normed = self._norm("input_layernorm", x_BSD)
             pages = self.self_attn.write(normed, where, cache)

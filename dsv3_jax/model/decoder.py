@@ -216,7 +216,7 @@ class Decoder:
         the others matter by their latents alone. again: for the positions after those of such a call, hidden_BSD is what it returned.
         """
         where = self.positions(next_tokens_BS, jnp.maximum(positions_BS, 0))
-        cache = PagedCache(caches["mtp"][0], page_table, None, positions_BS)
+        cache = PagedCache(caches["mtp"][0], page_table, None, positions_BS)  # lengths: of the one column that reads
         mtp = module.bind(self.modules["mtp"], params["mtp"])
         hidden_BSD, embedding_BSD = hidden_BSD if again else self.mtp_input(params, hidden_BSD), self.embed(params, next_tokens_BS)
         positions_B = positions_BS[jnp.arange(len(column_B)), column_B]
