@@ -97,7 +97,8 @@ def supervise(command: Command, config: TrainConfig, argv: list[str]) -> int:
     """Run the same command in several processes."""
     most, least = command.supervise, command.supervise if command.min_processes is None else command.min_processes
     if not 1 <= least <= most:
-        raise UserError(f"--supervise {most} and --min-processes {least}: give at least one process, and no more for the fewest")
+        fewest = "" if command.min_processes is None else f" and --min-processes {least}"
+        raise UserError(f"--supervise {most}{fewest}: give at least one process, and no more for the fewest")
     if any(value is not None for value in (command.coordinator, command.num_processes, command.process_id)):
         raise UserError("--supervise starts the processes itself: leave --coordinator, --num-processes and --process-id out")
     from dsv3_jax.training import supervisor

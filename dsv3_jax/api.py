@@ -96,7 +96,10 @@ class Model:
 
     def _checked(self, tokens_BS, least: int = 1) -> np.ndarray:
         """A gather clamps what lies outside the vocabulary in silence, so it is looked at before. least: tokens of a row."""
-        tokens_BS = np.asarray(tokens_BS)
+        try:
+            tokens_BS = np.asarray(tokens_BS)
+        except ValueError as error:  # of NumPy, for rows of several lengths
+            raise UserError("the rows of tokens are not equally long: give integers [batch, sequence]") from error
         if tokens_BS.ndim != 2 or not np.issubdtype(tokens_BS.dtype, np.integer):
             raise UserError(f"tokens are {tokens_BS.dtype} {list(tokens_BS.shape)}: give integers [batch, sequence]")
         if not tokens_BS.shape[0] or tokens_BS.shape[1] < least:

@@ -131,6 +131,12 @@ class DataConfig:
     fim_rate: float = 0.0  # share of the training documents rearranged for fill-in-the-middle (report: 0.1)
     mask_documents: bool = False  # True: attention does not cross documents (post-training); pre-training packs without a mask
 
+    def __post_init__(self):
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError(f"heldout_fraction={self.heldout_fraction} must lie in 0..1, 1 excluded")
+        if not 0 <= self.fim_rate <= 1:
+            raise UserError(f"fim_rate={self.fim_rate} must lie in 0..1")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

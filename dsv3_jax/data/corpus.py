@@ -130,7 +130,7 @@ def _jsonl_records(path: Path):
             record = json.loads(line.decode())
         except UnicodeDecodeError:
             return line  # not UTF-8: counted as skipped by the caller
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also of a number of too many digits, or of too many brackets
             raise UserError(f"{path} line {number} is not JSON ({error}): correct or remove the line") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise UserError(f"{path} line {number} has no string field 'text': each line must be an object with one")

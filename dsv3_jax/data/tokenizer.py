@@ -195,9 +195,12 @@ class Tokenizer:
         return self.encode_batch([text], add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True, split_special_tokens: bool = False) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """`encode` of each text, on all cores. Raises UserError where one has no UTF-8 form: half a surrogate pair."""
         tokenizer = self._without_special_tokens if split_special_tokens else self._tokenizer
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        try:
+            return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        except TypeError as error:
+            raise UserError("a text is not valid Unicode: take out what UTF-8 cannot write (half a surrogate pair)") from error
 
     @cached_property
     def _without_special_tokens(self) -> tokenizers.Tokenizer:

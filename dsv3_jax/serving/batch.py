@@ -78,9 +78,9 @@ def run_batch(api: Api, source: Path, target: Path, *, seed: int = 0, progress: 
         raise UserError(f"{target} is the input itself: give another output")
     total = sum(1 for _ in read_lines(source))
     lines = read_lines(source)
-    done = _resume(target, lines)
     run, failed = _Run(api, seed), 0
     try:
+        done = _resume(target, lines)
         file = target.open("ab")
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror}): give another output") from error

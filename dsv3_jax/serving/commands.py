@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 
-import jax
 import rich.console
 import rich.progress
 
 from dsv3_jax import compilation_cache
-from dsv3_jax.errors import UserError, needs_extra
+from dsv3_jax.errors import UserError, full_memory_told, needs_extra
 from dsv3_jax.serving.batch import run_batch
 from dsv3_jax.serving.engine import Engine, check_drafts
 from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, validate
@@ -24,15 +23,10 @@ _PROMPT_TOKENS = 256  # of an answer to --prompt, if --max-tokens does not say
 
 def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     """The exit status. The engine is made late: wrong options are refused before a model is loaded."""
-    try:
+    with full_memory_told(
+        "spread the experts over more devices (--mesh expert=N), take FP8 weights, or lower --cache-tokens, --prefill-tokens or --max-batch"
+    ):
         return _run(options, make_engine)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "the memory of the device is full: spread the experts over more devices (--mesh expert=N), take FP8 weights, or lower "
-            "--cache-tokens, --prefill-tokens or --max-batch"
-        ) from error
 
 
 def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
@@ -51,6 +45,8 @@ def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
         raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
     if options.output and not options.output.absolute().parent.is_dir():
         raise UserError(f"{options.output.absolute().parent} does not exist: make it, or give another --output")
+    if options.output and options.output.is_dir():
+        raise UserError(f"{options.output} is a folder: give the name of a file as --output")
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
     defaults = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
     validate(COMPLETIONS, defaults)

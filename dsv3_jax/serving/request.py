@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from array import array
 from functools import cached_property
 from numbers import Integral, Real
@@ -51,17 +52,26 @@ class SamplingParams:
             ("max_new_tokens", Integral, lambda value: value >= 1, "an integer of at least 1"),
             ("temperature", Real, lambda value: 0 <= value <= 100, "a number within 0..100"),
             ("top_p", Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-            ("top_k", Integral, lambda value: value >= 0, "an integer of at least 0 (0 keeps all)"),
+            ("top_k", Integral, lambda value: 0 <= value < 2**31, "an integer of at least 0 (0 keeps all), and below 2**31"),
             ("min_p", Real, lambda value: 0 <= value <= 1, "a number within 0..1"),
             ("seed", Integral, lambda value: True, "an integer"),
             ("stop", tuple, lambda value: all(isinstance(text, str) and text for text in value), "texts, none of them empty"),
             ("presence_penalty", Real, lambda value: -2 <= value <= 2, "a number within -2..2"),
             ("frequency_penalty", Real, lambda value: -2 <= value <= 2, "a number within -2..2"),
             ("logprobs", (Integral, NoneType), lambda value: 0 <= (value or 0) <= MAX_LOGPROBS, f"an integer within 0..{MAX_LOGPROBS}"),
+            ("logit_bias", tuple, lambda value: all(map(_is_bias, value)), "pairs of a token id and a finite number"),
+            ("json_schema", (str, NoneType), lambda value: True, "JSON text"),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or not good(value):
                 raise InvalidParameter(f"{name} is {value!r}: it must be {allowed}", name)
+
+
+def _is_bias(pair: Any) -> bool:
+    match pair:
+        case (Integral(), Real() as value):
+            return math.isfinite(value)
+    return False
 
 
 def derive_seed(seed: int, index: int) -> int:

@@ -23,7 +23,7 @@ from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Loader, heldout_batches
 from dsv3_jax.data.prepare import Prepared, bits_per_byte, prepare, train_tokenizer
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, full_memory_told
 from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel import processes, watch
@@ -51,7 +51,8 @@ class Result(NamedTuple):
 def run(config: TrainConfig) -> Result:
     """Train, or go on training, in `config.workdir`. Raises UserError, with the last complete checkpoint intact."""
     directory = Path(config.workdir)
-    with _locked(directory), _told_of_files(directory):
+    fix = "lower --microbatch-size, keep less for the backward pass (--remat layer), or spread the run over more devices (--mesh)"
+    with _locked(directory), _told_of_files(directory), full_memory_told(fix):
         return Run(config, directory).train()
 
 

@@ -35,7 +35,7 @@ class MetricsLog:
             return
         path = directory / "metrics.jsonl"
         if path.exists():
-            write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines() if _is_up_to(line, step)))
+            write_atomically(path, "".join(line + "\n" for line in path.read_text(errors="replace").splitlines() if _is_up_to(line, step)))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
         self._events = EventFileWriter(str(directory / "tensorboard"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -23,6 +23,8 @@ def draw(run: Path, output: Path) -> None:
         metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a killed run's last line may be half a line
     except OSError as error:
         raise UserError(f"cannot read {run / 'metrics.jsonl'} ({error.strerror}): give a run folder") from error
+    except ValueError as error:
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged ({error}): take out the lines that are not JSON") from error
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, bits = figure.subplots(1, 2)
     for name, label in (("main", "next token"), ("mtp", "the one after (MTP)")):

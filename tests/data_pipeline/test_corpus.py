@@ -112,6 +112,8 @@ def test_fingerprint_follows_the_files(tmp_path):
     "file, content, words",
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', ("line 2", "not JSON")),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 5000 + b"}\n", ("line 1", "not JSON")),
+        ("a.jsonl", b"[" * 100_000 + b"\n", ("line 1", "not JSON")),
         ("a.jsonl", b'{"body": "x"}\n', ("line 1", "'text'")),
         ("a.jsonl", b'["x"]\n', ("line 1", "'text'")),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], ("a.jsonl.gz", "cannot read")),

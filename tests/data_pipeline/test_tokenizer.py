@@ -195,6 +195,11 @@ def test_trained_tokenizer_has_a_chat_template(trained):
     assert [i for i in ids if i < 10] == [trained.token_id(t) for t in (BOS, USER, "<｜Assistant｜>", EOS, USER, "<｜Assistant｜>")]
 
 
+def test_half_a_surrogate_pair_is_refused(trained):
+    with pytest.raises(UserError, match="not valid Unicode"):
+        trained.encode("\ud83d")
+
+
 def test_errors_are_one_line(tmp_path):
     def message(**files):
         for name, text in files.items():

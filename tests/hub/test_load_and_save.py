@@ -436,7 +436,12 @@ def test_saving_is_refused_before_anything_is_written(tmp_path):
 
 def test_tokens_outside_the_vocabulary_are_refused():
     model = dsv3_jax.load(MODELS / "tiny_s_plain")
-    bad = [([[0, 384]], "0..384: the vocabulary is 0..383"), ([1, 2], "give integers"), ([[0.5]], "give integers")]
+    bad = [
+        ([[0, 384]], "0..384: the vocabulary is 0..383"),
+        ([1, 2], "give integers"),
+        ([[0.5]], "give integers"),
+        ([[1, 2], [3]], "not equally long"),
+    ]
     for tokens, message in [*bad, (np.zeros((1, 0), int), "at least one row of 1"), (np.zeros((0, 4), int), "at least one row of 1")]:
         with pytest.raises(UserError, match=message):
             model(tokens)

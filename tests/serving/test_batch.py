@@ -157,6 +157,8 @@ def test_an_output_of_another_input_is_left_alone(api, tmp_path):
     with pytest.raises(UserError, match="damaged line 1"):
         run_batch(api, source, target)
     assert target.read_bytes() == b"damaged\n" + before
+    with pytest.raises(UserError, match=r"cannot write .* give another output"):
+        run_batch(api, source, tmp_path)
 
 
 def test_more_lines_than_the_engine_takes_at_once(api, tmp_path):
@@ -201,6 +203,7 @@ def test_command_errors_are_one_line(capsys, plain, tmp_path):
         (["bench", plain.path, "--rate", "-1"], "argument --rate: -1 is not a number above 0"),
         (["bench", plain.path, "--text", tmp_path / "no.txt"], "no.txt does not exist"),
         ([plain.path, "--input", __file__, "--output", tmp_path / "no" / "out.jsonl"], "no does not exist: make it"),
+        ([plain.path, "--input", __file__, "--output", tmp_path], "is a folder: give the name of a file"),
         ([no_tokenizer, "--prompt", "x"], "no tokenizer"),
         ([plain.path], "no chat template"),
         ([], "required: model"),

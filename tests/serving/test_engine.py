@@ -209,7 +209,8 @@ def test_a_cache_has_to_fit_into_the_memory(plain, monkeypatch):
 @pytest.mark.parametrize(
     "field, value",
     [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2), ("max_new_tokens", 0), ("logprobs", 21)]
-    + [("temperature", "hot"), ("top_k", 1.5), ("max_new_tokens", "x"), ("seed", "x"), ("stop", 5), ("stop", ("",)), ("logprobs", "all")],
+    + [("temperature", "hot"), ("top_k", 1.5), ("max_new_tokens", "x"), ("seed", "x"), ("stop", 5), ("stop", ("",)), ("logprobs", "all")]
+    + [("top_k", 2**31), ("logit_bias", {5: 1.0}), ("logit_bias", ((5, float("nan")),)), ("json_schema", {})],
 )
 def test_sampling_parameters_are_checked(field, value):
     with pytest.raises(UserError, match=re.escape(f"{field} is {value!r}: it must be ")):

@@ -99,8 +99,12 @@ def test_tensorboard_events(whole):
 def test_a_picture(whole, tmp_path, capsys):
     assert plot.main([str(whole[0]), str(tmp_path / "run.png")]) == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "metrics.jsonl").write_bytes(b"\xff\n")
     for run, output, message in (
         (tmp_path, "none.png", "error: cannot read "),
+        (damaged, "none.png", f"error: {damaged / 'metrics.jsonl'} is damaged "),
         (whole[0], "run.what", "error: cannot draw "),
         (whole[0], "nowhere/run.png", "error: cannot draw "),
     ):
@@ -190,6 +194,15 @@ def test_init_from_weights_in_fp8(source, tmp_path):
         loop._load_params(str(path), Decoder(other), mesh, shardings)
 
 
+def test_full_memory_is_one_line(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 25600000000 bytes.\nmore lines")
+
+    monkeypatch.setattr(loop, "Run", full)
+    with pytest.raises(UserError, match=r"^the memory of the device is full: lower --microbatch-size.*$"):
+        loop.run(dataclasses.replace(config, workdir=str(tmp_path)))
+
+
 def test_a_diverging_run_stops_with_its_checkpoints_intact(config, tmp_path):
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0)
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"), optimizer=optimizer, max_bad_steps=3, batch_ramp_from=None)
@@ -258,7 +271,7 @@ def test_one_process_a_folder(config, tmp_path):
 
 
 def test_metrics_of_steps_that_will_happen_again_are_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n\xff\xfe\n{"step": 3, "lo')
     log = metrics.MetricsLog(tmp_path, 1)
     log.write(2, {"loss": float("nan"), "load": [[1.0, float("inf")]]})
     log.close()
