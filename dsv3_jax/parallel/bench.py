@@ -42,7 +42,7 @@ from dsv3_jax.parallel.profiles import Event, busy, kernels_of, measured_times, 
 from dsv3_jax.parallel.schedule import KINDS, build
 from dsv3_jax.parallel.schedule_table import Table, make_table
 from dsv3_jax.parallel.spread import Spread
-from dsv3_jax.precision import FP8_WEIGHTS, quantise
+from dsv3_jax.precision import FP8_WEIGHTS, Recipe, check_devices, quantise
 from dsv3_jax.precision import recipe as named_recipe
 from dsv3_jax.precision.bench import flop_per_token, seconds
 
@@ -73,7 +73,7 @@ class _Exchange:
 
     def __init__(self, mesh, precision: str, tokens: int, skew: float):
         self.precision, self.tokens, self.skew = precision, tokens, skew
-        config, numerics, devices = ModelConfig(), named_recipe(precision), meshes.num_expert_parts(mesh.shape)
+        config, numerics, devices = ModelConfig(), _numerics(precision, mesh), meshes.num_expert_parts(mesh.shape)
         spec = PartitionSpec(exchange.expert_axes(mesh.shape))
         rng = np.random.default_rng(0)
         experts_TK = _choices(rng, config, devices * tokens, skew)
@@ -208,7 +208,7 @@ def step(options) -> Callable[[], None]:
             f"--profile-rows {profiled_rows} must be a multiple of a microbatch's {microbatch} rows, and at most {options.rows}"
         )
     check_mesh(config, mesh.shape)
-    trainer = Trainer(Decoder(config.model, named_recipe(config.precision), remat=options.remat or config.remat), config, mesh)
+    trainer = Trainer(Decoder(config.model, _numerics(config.precision, mesh), remat=options.remat or config.remat), config, mesh)
     first = trainer.buffers.size
     size = options.size or first
     like = lambda tree, places: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)  # noqa: E731
@@ -323,7 +323,7 @@ def overlap(options) -> Callable[[], None]:
         topk_group=1,
         **({"hidden_size": options.width} if options.width else {}),
     )
-    numerics = dataclasses.replace(named_recipe(options.precision), num_sms=options.num_sms)
+    numerics = dataclasses.replace(_numerics(options.precision, mesh), num_sms=options.num_sms)
     schedule = build("dualpipev", num_ranks=1, num_microbatches=options.microbatches, max_delayed=options.max_delayed)
     table = make_table(schedule)
     size = options.size or buffers.start(config, meshes.num_expert_parts(mesh.shape))
@@ -380,6 +380,13 @@ def overlap(options) -> Callable[[], None]:
             )
 
     return measure
+
+
+def _numerics(precision: str, mesh: Mesh) -> Recipe:
+    """The recipe of that name, which the mesh's devices can run. Raises UserError where they cannot."""
+    numerics = named_recipe(precision)
+    check_devices(numerics, mesh.devices.flat)
+    return numerics
 
 
 def _compile(lowered: jax.stages.Lowered, options) -> jax.stages.Compiled:

@@ -1,5 +1,6 @@
 """What the benchmark of several GPUs makes of a profile, and of steps that did not happen."""
 
+import jax
 import pytest
 
 from dsv3_jax.errors import UserError
@@ -10,6 +11,12 @@ from dsv3_jax.parallel.schedule_table import make_table
 
 def event(start, end, name, op=""):
     return profiles.Event(start * 1e6, end * 1e6, name, op)
+
+
+@pytest.mark.parametrize("what", ["exchange", "overlap", "step"])
+def test_fp8_on_a_cpu_is_one_line(what):
+    with pytest.raises(UserError, match="precision='fp8' needs an NVIDIA Hopper GPU"):
+        bench.prepare([what, "--mesh", f"data={len(jax.devices())}"])
 
 
 def test_exposed_communication():

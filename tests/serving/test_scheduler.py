@@ -195,3 +195,21 @@ def test_the_page_longest_unused_is_taken_first():
     assert pool.find([b"b"]) == [] and pool.find([b"a"]) == [pages[0]]
     pool.share(pages[0])
     assert pool.num_free == 0
+
+
+def test_the_end_of_a_prefix_is_taken_before_its_beginning():
+    pool = PagePool(3)
+    pages, keys = [pool.allocate() for _ in range(3)], [b"a", b"b", b"c"]
+    for page, key in zip(pages, keys):
+        pool.register(page, key)
+    pool.release(pages)
+    assert pool.allocate() == pages[2] and pool.find(keys) == pages[:2]
+    assert pool.allocate() == pages[1] and pool.find(keys) == pages[:1]
+
+
+def test_the_host_slot_longest_unused_is_overwritten():
+    host = HostTier(2)
+    assert [host.put(key) for key in (b"a", b"b", b"a")] == [0, 1, None]  # a is used again
+    assert host.put(b"c") == 1 and host.find([b"b"]) == [] and host.find([b"c"]) == [1]
+    assert host.find([b"a", b"x", b"c"]) == [0]  # so c is the one longest unused
+    assert host.put(b"d") == 1 and host.find([b"a"]) == [0]
