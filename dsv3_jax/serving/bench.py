@@ -5,6 +5,7 @@ starts when all of it has ended.
 """
 
 import argparse
+import sys
 import time
 
 import numpy as np
@@ -28,12 +29,15 @@ def lengths(kind: str, mean: int, count: int, rng: np.random.Generator) -> np.nd
 
 
 def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
-    """Greedy requests, cut to the context: of random tokens, or of pieces of a text."""
+    """Greedy requests, of random tokens or of pieces of a text. Those too long for the context are cut, and how many is printed."""
     rng, longest = np.random.default_rng(options.seed), engine.scheduler.longest_request
     if longest < 2:
         raise UserError(f"a request has room for {longest} token: there must be two at least, one of them the prompt")
-    prompts = np.minimum(lengths(options.lengths, options.prompt_tokens, options.requests, rng), longest - 1)
-    answers = np.minimum(lengths(options.lengths, options.answer_tokens, options.requests, rng), longest - prompts)
+    drawn = [lengths(options.lengths, most, options.requests, rng) for most in (options.prompt_tokens, options.answer_tokens)]
+    prompts = np.minimum(drawn[0], longest - 1)
+    answers = np.minimum(drawn[1], longest - prompts)
+    if cut := np.count_nonzero(sum(drawn) > longest):
+        print(f"{cut} of {options.requests} requests are cut to the {longest} tokens that there is room for", file=sys.stderr)
     text = rng.integers(0, engine.config.vocab_size, 1 << 20)
     if options.text:
         if engine.tokenizer is None:

@@ -228,7 +228,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error}): choose another --port") from error
+        raise UserError(
+            f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error}): choose another --host or --port"
+        ) from error
 
 
 def serve_http(api: Api, where: socket.socket, *, api_key: str | None) -> None:

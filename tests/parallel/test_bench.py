@@ -16,7 +16,7 @@ def event(start, end, name, op=""):
 @pytest.mark.parametrize("what", ["exchange", "overlap", "step"])
 def test_fp8_on_a_cpu_is_one_line(what):
     with pytest.raises(UserError, match="precision='fp8' needs an NVIDIA Hopper GPU"):
-        bench.prepare([what, "--mesh", f"data={len(jax.devices())}"])
+        bench.prepare([what, "--mesh", f"data={len(jax.devices())}", "--rows", "128"])
 
 
 def test_exposed_communication():

@@ -3,11 +3,13 @@
 import io
 import os
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import serve
+from dsv3_jax.serving import bench
 
 SMALL = [
     "--max-batch",
@@ -48,6 +50,15 @@ def test_the_benchmark_reports(plain, capsys, options):
     out = capsys.readouterr().out
     for words in ("generated tokens", "time to first token p50 / p99", "16 of 16"):
         assert words in out, out
+
+
+@pytest.mark.parametrize("prompt_tokens, cut", [(15, 0), (30, 3)])
+def test_the_benchmark_says_what_it_cuts(capsys, prompt_tokens, cut):
+    engine = SimpleNamespace(scheduler=SimpleNamespace(longest_request=20), config=SimpleNamespace(vocab_size=50))
+    options = {"seed": 0, "lengths": "fixed", "prompt_tokens": prompt_tokens, "answer_tokens": 5, "requests": 3, "text": None}
+    requests = bench.make_requests(engine, SimpleNamespace(**options))
+    assert [(len(r.prompt), r.params.max_new_tokens) for r in requests] == [(19, 1) if cut else (15, 5)] * 3
+    assert capsys.readouterr().err == ("3 of 3 requests are cut to the 20 tokens that there is room for\n" if cut else "")
 
 
 def test_full_memory_is_one_line(plain, capsys, monkeypatch):
