@@ -35,9 +35,9 @@ log = os.open(folder + "/starts", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 os.write(log, (json.dumps([options["--coordinator"], gpu, options.get("--resume")]) + "\\n").encode())
 while open(folder + "/starts").read().count(options["--coordinator"]) < number:
     time.sleep(0.01)
-def save():
-    os.makedirs(folder + "/3")
-    open(folder + "/3/checksums.json", "w").close()
+def save(step=3):
+    os.makedirs(f"{folder}/{step}")
+    open(f"{folder}/{step}/checksums.json", "w").close()
 def lost(how):
     os.kill(os.getpid(), how)
     time.sleep(60)
@@ -98,6 +98,15 @@ def test_what_never_comes_up_is_given_up(tmp_path):
     with pytest.raises(UserError, match=r"lost 3 times before a new checkpoint.*status 1"):
         supervised(tmp_path, "1 / 0")
     assert len(starts(tmp_path)) == 3
+
+
+def test_a_run_that_saves_between_its_losses_goes_on(tmp_path):
+    body = """done = sum(name.isdigit() for name in os.listdir(folder))
+if done < 4:
+    if index == 0: save(done + 1); lost(signal.SIGKILL)
+    time.sleep(60)"""
+    status, started = supervised(tmp_path, body, num_processes=2)
+    assert status == 0 and started == [([0, 1], {None})] + [([0, 1], {"auto"})] * 4
 
 
 def test_fewer_processes_without_the_lost_gpu(tmp_path):
