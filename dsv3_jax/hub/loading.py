@@ -29,6 +29,7 @@ from dsv3_jax.precision.weights import SCALE as PARAMETER_SCALE
 from pallas_kernels.quantized import BLOCK, num_blocks
 
 _SLAB_BYTES = 256 * 2**20
+_COMPARED_ROWS = 4096  # of an embedding and its copy at a time
 _READERS = 16  # threads; reading is bound by the disk's queue, not by the CPU
 _E4M3 = np.dtype(jnp.float8_e4m3fn)
 
@@ -170,7 +171,7 @@ def _check_copies(copies: list[Tensor], leaves: dict, stored: dict[str, Stored],
 
     def differs(copy: Tensor, first_row: int) -> str | None:
         original = stored[leaves[copy.path][0].name]
-        rows = slice(first_row, min(first_row + 4096, copy.shape[0]))
+        rows = slice(first_row, min(first_row + _COMPARED_ROWS, copy.shape[0]))
         both = [np.empty((rows.stop - rows.start, *copy.shape[1:]), source.dtype) for source in (original, stored[copy.name])]
         for source, out in zip((original, stored[copy.name]), both):
             source.read((rows, slice(0, copy.shape[1])), out)
@@ -180,8 +181,8 @@ def _check_copies(copies: list[Tensor], leaves: dict, stored: dict[str, Stored],
             else f"{copy.name} differs from {leaves[copy.path][0].name}"
         )
 
-    starts = [(copy, row) for copy in copies for row in range(0, copy.shape[0], 4096)][jax.process_index() :: jax.process_count()]
-    for difference in readers.map(lambda start: differs(*start), starts):
+    starts = [(copy, row) for copy in copies for row in range(0, copy.shape[0], _COMPARED_ROWS)]
+    for difference in readers.map(lambda start: differs(*start), starts[jax.process_index() :: jax.process_count()]):
         if difference:
             raise UserError(f"{difference}: an MTP module with an embedding or head of its own is not supported")
 

@@ -301,7 +301,9 @@ def test_rotary_buffers_are_passed_over(copy_of):
     equal_trees(dsv3_jax.load(directory).params, dsv3_jax.load(MODELS / "tiny_s_plain").params)
 
 
-def test_an_mtp_module_with_its_own_head_is_refused(copy_of):
+@pytest.mark.parametrize("rows_at_a_time", [4096, 150])
+def test_an_mtp_module_with_its_own_head_is_refused(copy_of, monkeypatch, rows_at_a_time):
+    monkeypatch.setattr(loading, "_COMPARED_ROWS", rows_at_a_time)
     directory = copy_of("tiny_s_yarn_mtp")
     rewrite(directory, lambda tensors: tensors["model.layers.2.shared_head.head.weight"].__setitem__((200, 3), 7.0))
     refused(directory, "model.layers.2.shared_head.head.weight differs from lm_head.weight")
