@@ -43,6 +43,7 @@ def test_stops_are_found_across_any_cut():
         assert stopped == bool(places)
         if stopped:
             assert text.startswith("".join(out)) and any(text[len("".join(out)) :].startswith(s) for s in stop)
+            assert "".join(stream_all([text], stop)[0]) == text[: min(places)]  # in one piece, the first of them
         else:
             assert "".join(out) == text
 
