@@ -26,6 +26,14 @@ def _check_positive(config: Any, *names: str) -> None:
             raise UserError(f"{name}={value} must be more than 0")
 
 
+def _check_not_empty(config: Any, *names: str) -> None:
+    """An empty path, as an unset variable of a shell makes it, would be the current folder."""
+    for name in names:
+        value = getattr(config, name)
+        if "" in (value if isinstance(value, tuple) else (value,)):
+            raise UserError(f"{name} is empty: name a file or folder, or leave it out")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """YaRN, as `rope_scaling` in config.json (type "yarn")."""
@@ -132,6 +140,7 @@ class DataConfig:
     mask_documents: bool = False  # True: attention does not cross documents (post-training); pre-training packs without a mask
 
     def __post_init__(self):
+        _check_not_empty(self, "corpus", "tokenizer", "cache")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"heldout_fraction={self.heldout_fraction} must lie in 0..1, 1 excluded")
         if not 0 <= self.fim_rate <= 1:
@@ -213,6 +222,7 @@ class TrainConfig:
         _check_at_least(1, self, "steps", "sequence_length", "batch_size", "batch_ramp_from", "checkpoint_every", "keep_checkpoints")
         _check_at_least(1, self, "eval_every", "eval_rows", "max_bad_steps", "max_wait")
         _check_at_least(0, self, "pipeline_max_delayed")
+        _check_not_empty(self, "workdir", "init_from", "resume")
         if not 0 <= self.batch_ramp_end <= 1:
             raise UserError(f"batch_ramp_end={self.batch_ramp_end} must lie in 0..1: it is a fraction of the run's tokens")
         if not -(2**63) <= self.seed < 2**63:

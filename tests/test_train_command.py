@@ -206,6 +206,8 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--model.n-group", "0"], "n_group=0 must be at least 1"),
         (["--model.num-nextn-predict-layers", "-1"], "must be at least 0"),
         (["--optimizer.learning-rate", "nan"], "learning_rate=nan must be at least 0 and finite"),
+        (["--data.corpus", "", "--dry-run"], "corpus is empty: name a file or folder"),
+        (["--workdir", "", "--dry-run"], "workdir is empty: name a file or folder"),
         (["--data.fim-rate", "2", "--dry-run"], "fim_rate=2.0 must lie in 0..1"),
         (["--data.heldout-fraction", "nan", "--dry-run"], "heldout_fraction=nan must lie in 0..1, 1 excluded"),
         (["--optimizer.beta1", "1"], "beta1=1.0 must lie in 0..1"),
