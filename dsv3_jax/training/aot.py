@@ -59,6 +59,7 @@ def report(config: TrainConfig) -> str:
     sizes, memory = meshes.parse(config.mesh), compiled.memory_analysis()
     kinds = dry_run.bytes_a_device(config, sizes)
     kept = sum(count for kind, count in kinds.items() if kind.startswith(("masters", "moments", "moving average")))
+    about = kinds.pop(dry_run.COMPUTING)
     of_step = {kind: count for kind, count in kinds.items() if not kind.startswith(("masters", "moments", "moving average"))}
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     rows = {
@@ -66,8 +67,9 @@ def report(config: TrainConfig) -> str:
         "results that are not arguments": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         **{f"  of it {kind}": count for kind, count in of_step.items()},
-        "  the rest: activations of a tick, sends": memory.temp_size_in_bytes - sum(of_step.values()),
+        "  the rest: what is computed with, sends": memory.temp_size_in_bytes - sum(of_step.values()),
         "together": together,
+        "as --dry-run without --aot estimates it": sum(kinds.values()) + about,
     }
     assert memory.argument_size_in_bytes >= kept
     return "\n".join(

@@ -16,7 +16,7 @@ from dsv3_jax.precision import Tap, weight_gradient
 from pallas_kernels.cross_entropy import cross_entropy_gradient, log_sum_exp
 
 # Logits of so many entries at a time exist (1 GiB in float32), whatever the batch and the vocabulary.
-_LOGITS_AT_ONCE = 2**28
+LOGITS_AT_ONCE = 2**28
 
 
 class Targets(NamedTuple):
@@ -159,7 +159,7 @@ def _losses(logits_BSW, lse_BS, target):
 def _pieces(decoder, normed_BSD, target):
     """Cut along the sequence (the batch axis may lie over devices): leaves [pieces, B, s, ...], padded with targets of no weight."""
     batch, length = normed_BSD.shape[:2]
-    count = min(length, -(-batch * length * decoder.config.vocab_size // _LOGITS_AT_ONCE))
+    count = min(length, -(-batch * length * decoder.config.vocab_size // LOGITS_AT_ONCE))
     size = -(-length // count)
 
     def cut(x):

@@ -117,7 +117,7 @@ def test_pieces_change_neither_loss_nor_gradient(decoder, params, batch, monkeyp
         return loss.loss_and_terms(decoder, params, batch, mtp_loss_weight=0.0, balance_loss_weight=0.0)[0]
 
     expected = jax.jit(jax.value_and_grad(plain))(params)
-    monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", SIZE[0] * 7 * 300)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", SIZE[0] * 7 * 300)
     found = jax.jit(jax.value_and_grad(in_pieces))(params)
     assert found[0] == pytest.approx(float(expected[0]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1])):
@@ -127,7 +127,7 @@ def test_pieces_change_neither_loss_nor_gradient(decoder, params, batch, monkeyp
 def test_all_logits_never_exist(decoder, params, monkeypatch):
     """No array of the differentiated loss is as large as the logits of the batch would be."""
     big = Decoder(dataclasses.replace(decoder.config, vocab_size=5000, num_nextn_predict_layers=0))
-    monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", 4 * 16 * 5000)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 16 * 5000)
     batch = {"tokens": jax.ShapeDtypeStruct((4, 257), jnp.int32)}
     gradient = jax.grad(lambda p, b: loss.loss_and_terms(big, p, b, mtp_loss_weight=0.0, balance_loss_weight=0.0)[0])
     jaxpr = jax.make_jaxpr(gradient)(big.abstract_params(), batch)
