@@ -50,14 +50,17 @@ class HostPages:
         return _write(self._ranks, caches, nowhere, jax.tree.map(np.asarray, _read(self._ranks, caches, nowhere)))
 
     def _batches(self, transfers: list[Transfer]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(slots, the row of each, the page of every row on its rank, one past the end for none)."""
+        """(slots, the row of each, the page of every row on its rank, one past the end for none). A slot's copies stay in their order."""
         count, size = self._ranks.count, self._pages_per_rank
         while transfers:
-            pages, slots, rows, left, used = np.full(_PAGES * count, size, np.int32), [], [], [], [0] * count
+            pages, slots, rows, used = np.full(_PAGES * count, size, np.int32), [], [], [0] * count
+            left: list[Transfer] = []
+            later: set[int] = set()  # slots of those
             for transfer in transfers:
                 rank = transfer.page // size
-                if used[rank] == _PAGES:
+                if used[rank] == _PAGES or transfer.slot in later:
                     left.append(transfer)
+                    later.add(transfer.slot)
                     continue
                 rows.append(rank * _PAGES + used[rank])
                 pages[rows[-1]] = transfer.page % size

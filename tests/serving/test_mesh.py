@@ -13,6 +13,8 @@ from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.serving import Engine, SamplingParams, balance, runner
 from dsv3_jax.serving import engine as engine_module
 from dsv3_jax.serving.balance import check
+from dsv3_jax.serving.cache import Transfer
+from dsv3_jax.serving.host import HostPages
 from dsv3_jax.serving.ranks import Ranks
 
 GREEDY = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
@@ -104,6 +106,17 @@ def test_a_host_tier_smaller_than_one_prompt_changes_nothing(plain):
     expected = [make(plain, "data=1").generate([prompt], params)[0].tokens for prompt in prompts]
     for _ in range(3):
         assert [engine.generate([prompt], params)[0].tokens for prompt in prompts] == expected
+
+
+def test_a_host_slot_holds_what_was_put_there_last():
+    """More pages of one rank than a copy takes, and a slot that both ranks use: what comes back from it is the later one's."""
+    ranks, value = Ranks.of(mesh_of("data=2")), np.random.default_rng(0).standard_normal((1, 40, 2, 3), np.float32)
+    caches = {"x": jax.device_put(value, ranks.sharding(ranks.pages))}
+    host = HostPages(caches, 17, ranks)
+    out = [Transfer(page, slot, to_host=True) for page, slot in [*zip(range(17), range(17)), (20, 16), (21, 0)]]
+    back = [Transfer(page, slot, to_host=False) for page, slot in ((38, 16), (39, 0), (19, 1))]
+    found = np.asarray(host.run(caches, [*out, *back])["x"])
+    np.testing.assert_array_equal(found[:, [38, 39, 19]], value[:, [20, 21, 1]])
 
 
 def test_an_fp8_checkpoint_is_served_as_it_is_stored(oracle):
