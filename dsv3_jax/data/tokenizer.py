@@ -82,8 +82,11 @@ class Tokenizer:
             raise UserError(f"{config_path} is not valid JSON ({error}): restore the file") from error
         if not isinstance(config, dict):
             raise UserError(f"{config_path} is no JSON object: restore the file")
-        if template_path.exists():
-            config["chat_template"] = template_path.read_text(encoding="utf-8")
+        try:
+            if template_path.exists():
+                config["chat_template"] = template_path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{template_path} is not a text ({error}): restore the file") from error
         templates = config.get("chat_template")
         for template in templates if isinstance(templates, list) else []:
             if not isinstance(template, dict) or not {"name", "template"} <= template.keys():

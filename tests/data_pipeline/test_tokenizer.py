@@ -216,6 +216,9 @@ def test_errors_are_one_line(tmp_path):
     assert "bos_token" in message(tokenizer=good, tokenizer_config='{"add_bos_token": true}')
     assert "tokenizer_config.json" in message(tokenizer_config="{")
     assert "tokenizer_config.json is no JSON object" in message(tokenizer=good, tokenizer_config="[]")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    assert "chat_template.jinja is not a text" in message(tokenizer=good, tokenizer_config="{}")
+    (tmp_path / "chat_template.jinja").unlink()
     assert "not of named templates" in message(tokenizer=good, tokenizer_config='{"chat_template": [{"name": "default"}]}')
     with pytest.raises(UserError, match="at least 266"):
         Tokenizer.train(["x"], 265)
