@@ -165,6 +165,14 @@ def test_a_prefill_step_does_not_wait_for_long(queue, least):
     assert [kind for kind, *_ in steps] == ["decode"] * least + ["prefill"]
 
 
+def test_the_youngest_gives_its_pages_back():
+    """Four pages, and three requests that come to need two each."""
+    scheduler = Scheduler(PagePool(4), max_batch=4, max_length=128, prefill_tokens=256, prefill_widths=(64,))
+    oldest, *_, youngest = requests = [Request([1] * 60, SamplingParams(max_new_tokens=60)) for _ in range(3)]
+    run(scheduler, requests, np.random.default_rng(0))
+    assert scheduler.num_preemptions == youngest.lives - 1 > 0 and oldest.lives == 1  # a life ends with the request, too
+
+
 def test_the_largest_request_that_fits_runs_alone_and_the_next_larger_is_refused():
     scheduler = Scheduler(PagePool(3), max_batch=4, max_length=1000, prefill_tokens=64, prefill_widths=(64,), lookahead=2)
     exact = [Request([1] * 100, SamplingParams(max_new_tokens=92)) for _ in range(3)]

@@ -85,6 +85,7 @@ def test_steps_go_on_where_they_stopped():
     assert [step.number for step in whole] == list(range(40))
     assert all(a.first_row + a.num_rows == b.first_row for a, b in itertools.pairwise(whole))
     assert {step.num_rows for step in whole} == {2, 4, 6, 8}
+    assert all(step.tokens == 16 * step.first_row for step in whole)
     assert list(schedules.steps(config, 17, whole[17].first_row)) == whole[17:]
 
 
