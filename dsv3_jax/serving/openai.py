@@ -149,23 +149,24 @@ class Api:
         values = self.defaults | validate(url, body)
         if values.get("model", self.name) != self.name:
             raise InvalidParameter(f"the model {values['model']!r} does not exist: this is {self.name!r}", "model", "model_not_found")
-        reasoning = False
+        reasoning, count = False, values.get("n", 1)
         if url == CHAT:
             text = self._chat_text(values)
             reasoning = text.rstrip().endswith("<think>")
             prompts = [self._encode(text, add_special_tokens=False)]
         else:
-            prompts = [self._encode(prompt) for prompt in _prompts(values)]
+            prompts = _prompts(values)
+            if (answers := count * len(prompts)) > _MAX_CHOICES:  # before millions of them are made
+                raise InvalidParameter(f"{answers} answers in one request: at most {_MAX_CHOICES}", "n")
+            prompts = [self._encode(prompt) for prompt in prompts]
         params = [self._params(url, values, len(prompt)) for prompt in prompts]
-        count, seed = values.get("n", 1), values.get("seed", seed)
+        seed = values.get("seed", seed)
         requests = [
             # A single answer draws from the seed itself; of several each needs one of its own.
             Request(prompt, dataclasses.replace(p, seed=seed if count == len(prompts) == 1 else derive_seed(seed, i * count + j)))
             for i, (prompt, p) in enumerate(zip(prompts, params))
             for j in range(count)
         ]
-        if len(requests) > _MAX_CHOICES:
-            raise InvalidParameter(f"{len(requests)} answers in one request: at most {_MAX_CHOICES}", "n")
         for request in requests:
             self.engine.prepare(request)
         options = values.get("stream_options", {})

@@ -106,6 +106,7 @@ BAD = {
     ),
     "format": ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type"),
     "bias": ({"prompt": "x", "logit_bias": {"7": 1000}}, "logit_bias"),
+    "answers": ({"prompt": [[5]] * 100_000, "n": 128}, "12800000 answers in one request: at most 128"),
     "bias id": ({"prompt": "x", "logit_bias": {"777777": 1}}, "outside the vocabulary"),
 }  # fmt: skip
 
