@@ -15,6 +15,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.decode_params import unstacked
+from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel.sharding import param_shardings
 from dsv3_jax.precision import BF16, FLOAT32, FP8, Recipe, fp8_axes, from_fp8, has_fp8, to_fp8
 from dsv3_jax.serving import SamplingParams
@@ -131,6 +132,10 @@ def load(
         raise UserError(f"dtype={dtype} is not supported: choose float32 or bfloat16")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
         raise UserError(f"mesh={mesh!r} is no mesh: give what dsv3_jax.parallel.mesh.make makes, for example, of 'expert=8'")
+    if mesh is not None and not meshes.AXES_OF_ARRAYS.issuperset(mesh.axis_names):  # every device would hold everything
+        raise UserError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}: weights lie over those that dsv3_jax.parallel.mesh.make makes"
+        )
     if weights not in ("stored", "dequantised"):
         raise UserError(f"weights={weights!r} is not known: choose 'stored' or 'dequantised'")
     if hub.is_checkpoint(path):

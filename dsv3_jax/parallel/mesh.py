@@ -13,6 +13,7 @@ from dsv3_jax.config import ModelConfig, did_you_mean
 from dsv3_jax.errors import UserError
 
 AXES = ("data", "pipe", "expert")
+AXES_OF_ARRAYS = {*AXES, "node", "local"}  # of the mesh that is made
 EXAMPLE = "for example data=2,pipe=1,expert=4"
 
 

@@ -419,6 +419,7 @@ def test_directories_that_are_no_model(tmp_path, copy_of):
     refused(MODELS / "tiny_s_plain", "dtype=.*int32.* is not supported: choose float32 or bfloat16", dtype=np.int32)
     refused(MODELS / "tiny_s_plain", "dtype=half is not supported", dtype="half")
     refused(MODELS / "tiny_s_plain", "mesh='expert=2' is no mesh", mesh="expert=2")
+    refused(MODELS / "tiny_s_plain", "the mesh has the axes x: ", mesh=jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]))
 
 
 def test_saving_is_refused_before_anything_is_written(tmp_path):
