@@ -10,6 +10,7 @@ they would be copied whole. The large ones are read inside, by the actions that 
 In lockstep all ranks would wait for the one that has the head and the MTP module, which cost several layers: so each takes its share.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from jax import lax
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.parallel.schedule_table import NONE, Table, columns_of_all, columns_of_ranks
-from dsv3_jax.parallel.stage import InputGradient, Kept, Stage, Stash, Weights, zeros
+from dsv3_jax.parallel.stage import Kept, Place, Stage, Weights, empty
+from dsv3_jax.precision import attach
 
 # (parameters outside the stacks, hidden [B, S, D] after the last layer, microbatch, arguments, axis) -> (loss, (terms, fill)): sums over
 # rows, which may be some of a microbatch's. axis: of devices that have been given the same rows; the sum is the mean of what they return.
@@ -28,9 +30,11 @@ OutputLoss = Callable[[dict, jax.Array, dict, Any, str | None], tuple[jax.Array,
 
 
 class Objective(NamedTuple):
-    """The loss of a microbatch: the output loss plus balance_weight times the balance loss of each MoE layer."""
+    """The loss of a microbatch: the output loss plus balance_weight times the balance loss of each MoE layer. fp8: of the parameters
+    outside the stacks, as `quantize_params` gives it."""
 
     output_loss: OutputLoss
+    fp8: dict
     arguments: Any
     balance_weight: jax.Array
 
@@ -64,17 +68,10 @@ class Reads(NamedTuple):
 
     x_BSD: jax.Array  # input of the forward
     dy_BSD: jax.Array  # cotangent
-    kept: "Place"
-    stash: "Place"
+    kept: Place
+    stash: Place
     f_batch: dict
     b_batch: dict
-
-
-class Place(NamedTuple):
-    """A slot of a ring, not read yet."""
-
-    ring: Any
-    slot: jax.Array
 
 
 class Writes(NamedTuple):
@@ -96,10 +93,10 @@ class Pool:
             for stack, some in self._by_stack(p, of_chunk).items():
                 self.like[stack] = max(self.like.get(stack, []), some, key=len)
 
-    def pooled(self, p: int, values: tuple, others: dict[str, list] | None = None) -> dict[str, list]:
-        """others: what stands where chunk p has no layer, and is written nowhere; zeros by default."""
-        of_chunk, others = self._by_stack(p, values), others or zeros(self.like)
-        return {stack: [*(have := of_chunk.get(stack, [])), *rest[len(have) :]] for stack, rest in others.items()}
+    def pooled(self, p: int, values: tuple) -> dict[str, list]:
+        """Where chunk p has no layer stands nothing, which is written nowhere."""
+        of_chunk = self._by_stack(p, values)
+        return {stack: [*(have := of_chunk.get(stack, [])), *empty(like[len(have) :])] for stack, like in self.like.items()}
 
     def write(self, ring: dict[str, list], slot_of_chunk: jax.Array, slots: int, pool: dict[str, list]) -> dict[str, list]:
         """slot_of_chunk: for each chunk where its values go, `slots`: nowhere. Only layers that this rank has are written: much of a
@@ -114,9 +111,10 @@ class Pool:
 
         return {stack: [write(stack, j) for j in range(len(of_stack))] for stack, of_stack in ring.items()}
 
-    def unpooled(self, p: int, pool: dict[str, list]) -> tuple:
-        waiting = {stack: iter(values) for stack, values in pool.items()}
-        return tuple(next(waiting[layer.program.stack]) for layer in self._stages[p].layers)
+    def places(self, p: int, place: Place) -> tuple[Place, ...]:
+        """Those of the layers of chunk p in a slot of the ring."""
+        rings = {stack: iter(of_stack) for stack, of_stack in place.ring.items()}
+        return tuple(Place(next(rings[layer.program.stack]), place.slot) for layer in self._stages[p].layers)
 
     def _by_stack(self, p: int, values: tuple) -> dict[str, list]:
         stacks: dict[str, list] = {}
@@ -154,27 +152,29 @@ class Rank:
         table, batch = self.table, self._microbatch(0)
         x_BSD = self.decoder.embed(self.shared, batch["tokens"][:, :-1])
         forward = [jax.eval_shape(lambda x, p=p: self._forward(p, x, batch), x_BSD) for p in range(len(self.stages))]
-        gradients = [
-            jax.eval_shape(lambda x, kept, p=p: self._backward_input(p, kept, x, batch), x_BSD, kept)
-            for p, (*_, kept) in enumerate(forward)
-        ]
-        self._kept = Pool(self.stages, [kept for *_, kept in forward])
-        self._stash = Pool(self.stages if table.stash_slots else (), [gradient.stash for gradient in gradients])
-
-        def ring(slots, like):
-            return jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), like)
-
-        rings = Rings(
-            forward=ring(sum(table.forward_slots) + 1, x_BSD),
-            backward=ring(sum(table.backward_slots) + 1, x_BSD),
-            kept=ring(table.residual_slots, self._kept.like),
-            stash=ring(table.stash_slots, self._stash.like),
-        )
         float32 = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
         _, (terms, fill) = jax.eval_shape(self._output_loss, self.shared, x_BSD, batch)
         layers = tuple(tuple(Weights(layer.weights.small, layer.program.shapes) for layer in stage.layers) for stage in self.stages)
         stats = tuple(tuple(s[:2] for s in found) for _, found, _ in forward)
-        return rings, float32(Sums(layers, self.shared, fill, terms, fill, stats))
+        sums = float32(Sums(layers, self.shared, fill, terms, fill, stats))
+
+        def ring(slots, like):
+            return empty(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype), like))
+
+        def stash(p, kept):
+            *_, stash = self._backward("I", p, self._kept.places(p, Place(kept, jnp.int32(0))), x_BSD, batch, sums)
+            return stash
+
+        self._kept = Pool(self.stages, [kept for *_, kept in forward])
+        kept, halves = ring(table.residual_slots, self._kept.like), self.stages if table.stash_slots else ()
+        self._stash = Pool(halves, [jax.eval_shape(functools.partial(stash, p), kept) for p in range(len(halves))])
+        rings = Rings(
+            forward=ring(sum(table.forward_slots) + 1, x_BSD),
+            backward=ring(sum(table.backward_slots) + 1, x_BSD),
+            kept=kept,
+            stash=ring(table.stash_slots, self._stash.like),
+        )
+        return rings, sums
 
     def _tick(self, branches, rings: Rings, sums: Sums, row: dict) -> tuple[Rings, Sums]:
         f_batch, b_batch = self._microbatch(row["f_microbatch"]), self._microbatch(row["b_microbatch"])
@@ -216,7 +216,7 @@ class Rank:
                 from_above, from_below = lax.ppermute(both, "pipe", down), lax.ppermute(both, "pipe", up)
             return [(from_above[0], from_below[1]), (from_below[0], from_above[1])]
 
-        nothing = lambda y, dx: [(jnp.zeros_like(y), jnp.zeros_like(dx)) for _ in self.stages]  # noqa: E731
+        nothing = lambda y, dx: [(empty(y), empty(dx)) for _ in self.stages]  # noqa: E731
         arrived = lax.cond(sends, neighbours, nothing, y, dx)
 
         def own(rank, value, otherwise):
@@ -234,25 +234,20 @@ class Rank:
         parts = [] if name == "idle" else [(name[i], int(name[i + 1])) for i in range(0, len(name), 2)]
 
         def run(reads: Reads, sums: Sums) -> tuple[Writes, Sums]:
-            nothing = jnp.zeros_like(reads.x_BSD)
-            y_BSD = dx_BSD = nothing
-            # Where there is no forward, or none of a layer, what has been read for a backward is returned: it is there, and zeros would
-            # have to be written.
-            waited = _read(*reads.kept) if "B" in name or "I" in name else None
-            kept, stash = zeros(self._kept.like) if waited is None else waited, zeros(self._stash.like)
+            y_BSD = dx_BSD = empty(reads.x_BSD)
+            kept, stash = empty(self._kept.like), empty(self._stash.like)
             for letter, p in parts:
                 with jax.named_scope(f"{letter}{p}"):
                     if letter == "F":
                         y_BSD, stats, left = self._forward(p, reads.x_BSD, reads.f_batch)
-                        kept, sums = self._kept.pooled(p, left, waited), self._add_stats(p, sums, stats)
+                        kept, sums = self._kept.pooled(p, left), self._add_stats(p, sums, stats)
                     elif letter == "W":
-                        sums = self._add_weight_gradients(p, sums, self._stash.unpooled(p, _read(*reads.stash)))
+                        layers = self.stages[p].backward_weights(self._stash.places(p, reads.stash), sums.layers[p])
+                        sums = sums._replace(layers=_put(sums.layers, p, layers))
                     else:
-                        dx_BSD, left, sums = self._backward(p, reads, self._kept.unpooled(p, waited), sums)
-                        if letter == "I":
-                            stash = self._stash.pooled(p, left)
-                        else:
-                            sums = self._add_weight_gradients(p, sums, left)
+                        places = self._kept.places(p, reads.kept)
+                        dx_BSD, sums, *left = self._backward(letter, p, places, reads.dy_BSD, reads.b_batch, sums)
+                        stash = self._stash.pooled(p, *left) if left else stash
             return Writes(y_BSD, dx_BSD, kept, stash), sums
 
         return run
@@ -268,18 +263,18 @@ class Rank:
             fill=jnp.max(jnp.stack([sums.fill, *(found.fill for found in stats)])),
         )
 
-    def _backward(self, p: int, reads: Reads, kept: tuple[Kept, ...], sums: Sums) -> tuple[jax.Array, tuple[Stash, ...], Sums]:
-        """The gradient of a stage's input, and with it those of the small weights and of the embedding."""
-        batch = reads.b_batch
-        gradient = self._backward_input(p, kept, reads.dy_BSD, batch)
-        layers = tuple(total._replace(small=_add(total.small, small)) for total, small in zip(sums.layers[p], gradient.small, strict=True))
+    def _backward(self, letter: str, p: int, kept: tuple[Place, ...], dy_BSD: jax.Array, batch: dict, sums: Sums):
+        """(the gradient of a stage's input, sums plus those of the weights and of the embedding), and for "I" the stash, without the
+        gradients that are made of it."""
+        run = self.stages[p].backward_input if letter == "I" else self.stages[p].backward
+        dx_BSD, layers, *stash = run(kept, self._positions(batch), dy_BSD, self.objective.balance_weight, sums.layers[p])
         sums = sums._replace(layers=_put(sums.layers, p, layers))
         if self.first[p] is not None:
             tokens_BS, embed = batch["tokens"][:, :-1], sums.shared["embed"]
             nowhere = jnp.where(self.index == self.first[p], tokens_BS, len(embed))
-            embed = embed.at[nowhere].add(gradient.dx_BSD.astype(embed.dtype), mode="drop")
+            embed = embed.at[nowhere].add(dx_BSD.astype(embed.dtype), mode="drop")
             sums = sums._replace(shared={**sums.shared, "embed": embed})
-        return gradient.dx_BSD, gradient.stash, sums
+        return dx_BSD, sums, *stash
 
     def _loss(self, p: int, microbatch: jax.Array, y_BSD: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
         """The output loss of what the last stage of chunk p has just made of a microbatch (NONE: zeros), and its cotangent there.
@@ -307,21 +302,13 @@ class Rank:
             totals = _add(sums[0], (loss, terms, d_shared)), jnp.maximum(sums[1], fill)
             return dy_BSD, totals
 
-        skip = lambda microbatch, y_BSD, sums: (jnp.zeros_like(y_BSD), sums)  # noqa: E731
+        skip = lambda microbatch, y_BSD, sums: (empty(y_BSD), sums)  # noqa: E731
         changed = (sums.loss, sums.terms, sums.shared), sums.fill  # what goes through unchanged might be copied
         dy_BSD, ((loss, terms, shared), fill) = lax.cond(microbatch != NONE, run, skip, microbatch, y_BSD, changed)
         return dy_BSD, sums._replace(loss=loss, terms=terms, shared=shared, fill=fill)
 
     def _output_loss(self, shared, hidden_BSD, batch, axis=None):
-        return self.objective.output_loss(shared, hidden_BSD, batch, self.objective.arguments, axis)
-
-    def _backward_input(self, p: int, kept: tuple[Kept, ...], dy_BSD, batch: dict) -> InputGradient:
-        return self.stages[p].backward_input(kept, self._positions(batch), dy_BSD, self.objective.balance_weight)
-
-    def _add_weight_gradients(self, p: int, sums: Sums, stash: tuple[Stash, ...]) -> Sums:
-        large = self.stages[p].add_weight_gradients(tuple(total.large for total in sums.layers[p]), stash)
-        layers = tuple(total._replace(large=new) for total, new in zip(sums.layers[p], large, strict=True))
-        return sums._replace(layers=_put(sums.layers, p, layers))
+        return self.objective.output_loss(attach(shared, self.objective.fp8), hidden_BSD, batch, self.objective.arguments, axis)
 
     # Batches.
 

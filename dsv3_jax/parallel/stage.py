@@ -53,6 +53,16 @@ class Kept(NamedTuple):
     group_sizes: jax.Array
 
 
+class Place(NamedTuple):
+    """A slot of a ring (leaves [slots, ...]), not read yet: a layer that is not there does not read it."""
+
+    ring: Any
+    slot: jax.Array
+
+    def read(self) -> Any:
+        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, self.slot, keepdims=False), self.ring)
+
+
 class Program:
     """A layer of a stack, forward and backward, as functions of its parameters. Traced once, however many layers and actions run them."""
 
@@ -120,28 +130,43 @@ class Layer(NamedTuple):
     present: Any
 
     def forward(self, x_BSD: jax.Array, where: Positions) -> tuple[jax.Array, RouterStats, Kept]:
-        """`Program.forward`; without a layer the input and zeros."""
+        """`Program.forward`; without a layer the input, zeros and nothing that is kept."""
         args = *self.weights, x_BSD, where
-        _, *others = jax.eval_shape(self.program.forward, *args)
-        return self._where_present(self.program.forward, lambda small, large, x, where: (x, *zeros(others)), *args)
+        _, stats, kept = jax.eval_shape(self.program.forward, *args)
+        return self._where_present(self.program.forward, lambda small, large, x, where: (x, zeros(stats), empty(kept)), *args)
 
-    def backward(self, kept: Kept, where: Positions, dy_BSD: jax.Array, balance_weight) -> tuple[jax.Array, dict, Stash]:
-        """`Program.backward`; without a layer the cotangent and zeros."""
-        args = *self.weights, kept, where, dy_BSD, balance_weight
-        _, *others = jax.eval_shape(self.program.backward, *args)
-        return self._where_present(self.program.backward, lambda small, large, kept, where, dy, _: (dy, *zeros(others)), *args)
+    def backward(self, kept: Place, where: Positions, dy_BSD: jax.Array, balance_weight, sums: Weights) -> tuple[jax.Array, Weights]:
+        """(dx, sums plus the gradients of all weights); without a layer the cotangent and the sums as they are."""
 
-    def add_weight_gradients(self, sums: dict, stash: Stash) -> dict:
-        """sums (float32, in the structure of the large masters) plus the gradients that the stash holds."""
+        def run(weights, kept, where, dy_BSD, balance_weight, sums):
+            dx_BSD, small, stash = self.program.backward(*weights, kept.read(), where, dy_BSD, balance_weight)
+            return dx_BSD, Weights(_add(sums.small, small), self._add_large(sums.large, stash))
 
-        def add(sums, stash):
-            def of(path, total):
-                tap, sizes = _lookup(stash.taps, path, "_tap"), stash.group_sizes if "experts" in path else None
-                return total + weight_gradient(tap, total.shape, sizes, self.program.decoder.recipe)
+        args = self.weights, kept, where, dy_BSD, balance_weight, sums
+        return self._where_present(run, lambda weights, kept, where, dy_BSD, _, sums: (dy_BSD, sums), *args)
 
-            return _rename(sums, "", of)
+    def backward_input(self, kept: Place, where: Positions, dy_BSD: jax.Array, balance_weight, sums: Weights):
+        """The half of it without the large weights: (dx, sums, stash); without a layer there is nothing in the stash."""
 
-        return self._where_present(add, lambda sums, stash: sums, sums, stash)
+        def run(weights, kept, where, dy_BSD, balance_weight, sums):
+            dx_BSD, small, stash = self.program.backward(*weights, kept.read(), where, dy_BSD, balance_weight)
+            return dx_BSD, sums._replace(small=_add(sums.small, small)), stash
+
+        args = self.weights, kept, where, dy_BSD, balance_weight, sums
+        *_, stash = jax.eval_shape(run, *args)
+        return self._where_present(run, lambda weights, kept, where, dy_BSD, _, sums: (dy_BSD, sums, empty(stash)), *args)
+
+    def backward_weights(self, stash: Place, sums: Weights) -> Weights:
+        """The other half: sums plus the gradients that the stash holds."""
+        run = lambda stash, sums: sums._replace(large=self._add_large(sums.large, stash.read()))  # noqa: E731
+        return self._where_present(run, lambda stash, sums: sums, stash, sums)
+
+    def _add_large(self, sums: dict, stash: Stash) -> dict:
+        def add(path, total):
+            tap, sizes = _lookup(stash.taps, path, "_tap"), stash.group_sizes if "experts" in path else None
+            return total + weight_gradient(tap, total.shape, sizes, self.program.decoder.recipe)
+
+        return _rename(sums, "", add)
 
     def _where_present(self, run, otherwise, *args):
         return run(*args) if self.present is True else lax.cond(self.present, run, otherwise, *args)
@@ -161,14 +186,6 @@ class _Watched:
         return getattr(self._experts, name)
 
 
-class InputGradient(NamedTuple):
-    """dx [B, S, D]; for each layer: gradients of the small weights, stash."""
-
-    dx_BSD: jax.Array
-    small: tuple[dict, ...]
-    stash: tuple[Stash, ...]
-
-
 class Stage(NamedTuple):
     """A chunk of layers on this rank."""
 
@@ -183,23 +200,45 @@ class Stage(NamedTuple):
             kept.append(found[1])
         return x_BSD, tuple(stats), tuple(kept)
 
-    def backward_input(self, kept: tuple[Kept, ...], where: Positions, dy_BSD: jax.Array, balance_weight: jax.Array) -> InputGradient:
-        """From what the forward kept and the cotangent of its output. balance_weight: of each layer's balance loss in the total loss."""
-        small, stash = [], []
-        for layer, of_layer in zip(reversed(self.layers), reversed(kept), strict=True):
-            dy_BSD, *found = layer.backward(of_layer, where, dy_BSD, balance_weight)
-            small.append(found[0])
-            stash.append(found[1])
-        return InputGradient(dy_BSD, tuple(reversed(small)), tuple(reversed(stash)))
+    def backward(
+        self, kept: tuple[Place, ...], where: Positions, dy_BSD: jax.Array, balance_weight: jax.Array, sums: tuple[Weights, ...]
+    ) -> tuple[jax.Array, tuple[Weights, ...]]:
+        """From what the forward kept and the cotangent of its output: (dx, for each layer sums plus the gradients of its weights).
+        balance_weight: of each layer's balance loss in the total loss."""
+        added = []
+        for layer, place, total in zip(reversed(self.layers), reversed(kept), reversed(sums), strict=True):
+            dy_BSD, total = layer.backward(place, where, dy_BSD, balance_weight, total)
+            added.append(total)
+        return dy_BSD, tuple(reversed(added))
 
-    def add_weight_gradients(self, sums: tuple[dict, ...], stash: tuple[Stash, ...]) -> tuple[dict, ...]:
-        """For each layer `Layer.add_weight_gradients`."""
-        return tuple(layer.add_weight_gradients(*args) for layer, *args in zip(self.layers, sums, stash, strict=True))
+    def backward_input(
+        self, kept: tuple[Place, ...], where: Positions, dy_BSD: jax.Array, balance_weight: jax.Array, sums: tuple[Weights, ...]
+    ) -> tuple[jax.Array, tuple[Weights, ...], tuple[Stash, ...]]:
+        """`backward` without the large weights: (dx, sums, for each layer the stash)."""
+        found = []
+        for layer, place, total in zip(reversed(self.layers), reversed(kept), reversed(sums), strict=True):
+            dy_BSD, *of_layer = layer.backward_input(place, where, dy_BSD, balance_weight, total)
+            found.append(of_layer)
+        added, stash = zip(*reversed(found))
+        return dy_BSD, added, stash
+
+    def backward_weights(self, stash: tuple[Place, ...], sums: tuple[Weights, ...]) -> tuple[Weights, ...]:
+        """For each layer `Layer.backward_weights`."""
+        return tuple(layer.backward_weights(*args) for layer, *args in zip(self.layers, stash, sums, strict=True))
 
 
 def zeros(tree: Any) -> Any:
     """Zeros of such shapes and dtypes."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def empty(tree: Any) -> Any:
+    """Arrays of such shapes and dtypes that nobody reads: on a GPU nothing is written there."""
+    return jax.tree.map(lambda leaf: lax.empty(leaf.shape, leaf.dtype), tree)
+
+
+def _add(total: Any, more: Any) -> Any:
+    return jax.tree.map(jnp.add, total, more)
 
 
 def _select(tree: Mapping, wanted) -> dict:

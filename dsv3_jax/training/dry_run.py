@@ -16,7 +16,7 @@ from dsv3_jax.parallel import buffers, exchange, placement, sharding
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.stage import Program, Weights
-from dsv3_jax.precision import recipe
+from dsv3_jax.precision import quantize_params, recipe
 from dsv3_jax.training import loss, pipeline, router_bias, schedules
 
 COMPUTING = "what is computed with at one time, about"
@@ -155,21 +155,29 @@ def _of_pipeline(config: TrainConfig, sizes: dict[str, int], decoder: Decoder) -
     def pooled(name):  # both chunks share a ring
         return sum(max([slot.stack for slot in slots].count(stack) for slots in chunks) * getattr(layers[stack], name) for stack in stacks)
 
+    def operands(letter, slots):
+        """Of weight gradients, at one time: a layer that not all ranks have makes its own where it makes them, but for those that wait."""
+        alone = [layers[slot.stack].stash for slot in slots if placement.NONE in slot.layers and letter != "I"]
+        return of_chunk(slots, "stash") - sum(alone) + max(alone, default=0)
+
     def of_action(name):
-        """What its forward keeps, what one layer of its backward makes again, operands of all of its weight gradients."""
+        """What its forward keeps, what one layer of its backward makes again, operands of its weight gradients."""
         run = {letter: chunks[int(name[name.index(letter) + 1])] for letter in "FBIW" if letter in name}
         kept = of_chunk(run.pop("F", ()), "kept")
-        return kept + sum(of_chunk(slots, "stash") + max(layers[slot.stack].again for slot in slots) for slots in run.values())
+        return kept + sum(operands(letter, slots) + max(layers[slot.stack].again for slot in slots) for letter, slots in run.items())
+
+    def on_device(outside):
+        experts = outside.get("mtp", {}).get("layer", {}).get("mlp", {}).get("experts", {})
+        return _bytes(outside) - _bytes(experts) + _bytes(experts) // parts
 
     outside = {name: leaf for name, leaf in shapes.items() if name not in placement.STACKS}
-    experts = outside.get("mtp", {}).get("layer", {}).get("mlp", {}).get("experts", {})
-    shared = _bytes(outside) - _bytes(experts) + _bytes(experts) // parts
+    shared, fp8 = on_device(outside), on_device(jax.eval_shape(lambda outside: quantize_params(outside, decoder.recipe), outside))
     # The output loss's own gradients, and the MTP module; each rank has its part of the rows where they divide.
     last, part = layers[stacks[-1]], 1 if x_BSD.shape[0] % sizes["pipe"] else sizes["pipe"]
     mtp = config.model.num_nextn_predict_layers * (last.kept + last.again + last.stash) // part
     of_loss = shared + mtp + _logits(config, x_BSD, decoder) // sizes["pipe"]
     return {
-        "weights of a step, as products read them": sum(of_chunk(slots, "weights") for slots in chunks) + shared,
+        "weights of a step, as products read them": sum(of_chunk(slots, "weights") for slots in chunks) + shared + fp8,
         "gradients, float32": sum(of_chunk(slots, "masters") for slots in chunks) + shared,
         "activations kept for the backward": pooled("kept") * table.residual_slots,
         "outputs and gradients that wait": (sum(table.forward_slots) + sum(table.backward_slots) + 2) * _bytes(x_BSD),

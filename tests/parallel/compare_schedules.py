@@ -37,7 +37,7 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import exchange_locally
 from dsv3_jax.parallel import exchange, placement, schedule
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.precision import recipe
+from dsv3_jax.precision import attach, quantize_params, recipe
 from dsv3_jax.training import loss
 from dsv3_jax.training.pipeline import pipeline_value_and_grad
 
@@ -99,9 +99,12 @@ def on_one_device(precision: str, layers: int, count: int):
     decoder = Decoder(model(layers, 16), _recipe(precision))
     params = parameters(decoder)
     over = jax.tree.map(lambda n: n / count, loss.num_targets(batch()))
-    gradient_of = jax.jit(
-        jax.value_and_grad(lambda params, part: loss.loss_and_terms(decoder, params, part, over=over, **WEIGHTS), has_aux=True)
-    )
+    fp8 = jax.jit(lambda params: quantize_params(params, decoder.recipe))(params)  # once a step, as in training
+
+    def loss_of(params, part):
+        return loss.loss_and_terms(decoder, attach(params, fp8), part, over=over, **WEIGHTS)
+
+    gradient_of = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     parts = [jax.device_get(gradient_of(params, {name: leaf[i::count] for name, leaf in batch().items()})) for i in range(count)]
     (total, terms), gradients = jax.tree.map(lambda *leaves: sum(leaves) / count, *parts)
     return params, (total, terms | {"load": terms["load"] * count}), gradients

@@ -1,5 +1,6 @@
 """What XLA makes of the pipeline for Hopper GPUs: compiled without any, read in the order in which the device runs it."""
 
+import math
 import re
 
 import jax
@@ -139,3 +140,22 @@ def test_no_copy_of_a_ring(computations):
         assert any(re.search(rf"= \(?{ring}", line) for line in lines)  # it is there
     copies = [line for line in lines if re.search(rf"= \(?({'|'.join(rings)})\S* copy", line)]
     assert not copies, copies[:3]
+
+
+@pytest.mark.parametrize("action", ["F1", "I1", "B1", "F0B1", "F1B0"])
+def test_a_layer_that_is_not_there_costs_nothing(computations, action):
+    """A slot of chunk 1 that one of the ranks has no layer for: that rank reads no ring, fills nothing with zeros, and copies no more than
+    what goes through, a value of the width of the model."""
+    absent = []
+    for line in computations[branches(computations)[action]]:
+        if " conditional(" in line:
+            called = re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
+            absent += [name for name in called if not any(is_product(computations, one) for one in inside(computations, name))]
+    assert absent
+    for line in (line for name in absent for line in inside(computations, name)):
+        shapes, _, operation = line.partition(" = ")[2].partition("(")
+        if not re.search(r" (parameter|tuple|get-tuple-element|custom-call)$", shapes):
+            entries = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", shapes)]
+            assert sum(entries) <= ROWS * LENGTH * WIDTH, line[:300]
+        elif shapes.endswith("custom-call"):
+            assert "AllocateBuffer" in operation, line[:300]
