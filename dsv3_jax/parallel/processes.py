@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from dsv3_jax.errors import UserError
 
 # Seconds. A process that does not answer ends the run on all others within the heartbeat's, and none waits longer than that to leave.
 _TIMEOUTS = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 10}
+_LONGEST_TEXT = 256  # bytes of what the first process tells the others
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -60,19 +60,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def first(function: Callable[[], Any]) -> Any:
-    """What `function` returns, having run in the first process before it runs in the others: they find what it has left on disk."""
+def from_first(function: Callable[[], str]) -> str:
+    """What `function` returns in the first process: it runs there alone, and the others are told, and find what it has left on disk."""
     import jax
+    import numpy as np
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
         return function()
-    if jax.process_index() == 0:
-        result = function()
-        multihost_utils.sync_global_devices("first")
-        return result
-    multihost_utils.sync_global_devices("first")
-    return function()
+    text = function().encode() if jax.process_index() == 0 else b""
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(_LONGEST_TEXT), np.uint8))
+    return np.asarray(told).tobytes().decode().rstrip()
 
 
 def any_of(flag: bool) -> bool:

@@ -73,7 +73,9 @@ class Run:
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": POSITION})["data"] if self.resumed_from else POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
-        self.prepared = processes.first(lambda: _prepare(config, directory, position["rows"], self.resumed_from))
+        # One process prepares: elsewhere the same corpus may be other files, or have other times, and would make other rows.
+        rows = processes.from_first(lambda: _prepare(config, directory, position["rows"], self.resumed_from))
+        self.prepared = Prepared.open(_cache(config, directory) / rows)
         process, count = jax.process_index(), jax.process_count()
         self.share = meshes.share_of_rows(self.mesh, process)
         options = {"seed": config.seed, "segment_ids": config.data.mask_documents}
@@ -279,18 +281,22 @@ def _items(state: TrainState) -> dict:
     return {"params": state.params, "train_state": train_state} | ({"ema": state.ema} if state.ema is not None else {})
 
 
-def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: checkpoint.Saved | None) -> Prepared:
-    """The rows, made or found, and the tokenizer, which goes into the run folder for whoever loads the run.
+def _cache(config: TrainConfig, directory: Path) -> Path:
+    """The folder of prepared rows."""
+    return Path(config.data.cache) if config.data.cache else directory / "data"
+
+
+def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: checkpoint.Saved | None) -> str:
+    """The name of the folder of rows, made or found. The tokenizer goes into the run folder for whoever loads the run.
 
     rows: the name of those a run began with, which it must go on with; '' for a new run.
     """
-    data = config.data
-    cache = Path(data.cache) if data.cache else directory / "data"
+    data, cache = config.data, _cache(config, directory)
     if rows and (cache / rows / "meta.json").exists():
         tokenizer = Tokenizer.load(resumed_from.directory.parent / "tokenizer")  # damage is told now, and not when the run ends
         if resumed_from.directory.parent != directory.absolute():
             tokenizer.save(directory / "tokenizer")
-        return Prepared.open(cache / rows)  # whatever has become of the corpus
+        return rows  # whatever has become of the corpus
     corpus = Corpus(data.corpus, heldout_fraction=data.heldout_fraction)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else train_tokenizer(corpus, config.model.vocab_size, cache)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -308,7 +314,7 @@ def _prepare(config: TrainConfig, directory: Path, rows: str, resumed_from: chec
             "or start a new run from its weights with --init-from and another --workdir"
         )
     tokenizer.save(directory / "tokenizer")
-    return prepared
+    return prepared.directory.name
 
 
 def _find_resumed(config: TrainConfig, directory: Path) -> checkpoint.Saved | None:

@@ -35,7 +35,7 @@ def config(micro_config):
 def one_trainer():
     """Runs of the same steps trace and load them once: in processes of their own they do not (tests/test_train_command.py)."""
     made = functools.cache(Trainer)
-    where = {"workdir": "", "resume": "auto", "init_from": None}
+    where = {"workdir": "anywhere", "resume": "auto", "init_from": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Trainer", lambda decoder, config, mesh: made(decoder, dataclasses.replace(config, **where), mesh))
         yield
