@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.precision.curves run --precision bf16 --seeds 0 1 2 --corpus DIR ... --output curves
     python -m dsv3_jax.precision.curves run --precision fp8 --seeds 0 --corpus DIR ... --output curves --heldout-in bf16 fp8 --study 6
-    python -m dsv3_jax.precision.curves compare curves --plot docs/fp8_loss.svg
+    python -m dsv3_jax.precision.curves compare curves --plot docs/fp8_loss_decay.svg
 
 All runs take the same rows in the same order (their hash is printed); a seed draws the weights. Smoothed: the mean of the last WINDOW
 steps. After a run `--heldout-in` takes the loss of all held-out text with its weights, in each precision named: what a forward pass in FP8

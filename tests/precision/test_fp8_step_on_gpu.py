@@ -1,11 +1,13 @@
 """The FP8 recipe with the Hopper kernels on the device, beside the same recipe in plain JAX on the same device.
 
 They are not equal: a sum that is rounded the other way moves a code of e4m3 a whole step, and what follows it. So both are compared with
-float32: the kernels must be as near to it as the reference is. How near that is: the reference with its weights changed by 1e-5 (on a CPU)
-is 0.65 of its own error apart from itself, and every weight's error 0.92 to 1.06 times what it was, 0.99 in the mean. Of the loss's terms
-so changed, eight times, main and mtp are 1e-4 above float32's with a standard deviation of 1.9e-4; balance is 6.5e-3 below it with 3.3e-4,
-as 1.5% of the tokens' choices fall on other experts. (On an H200 it is 6.4e-3 below with the kernels and 5.1e-3 in the reference; over five
-draws of tokens these two are 0.7e-3 apart in the root mean square. On a CPU, bfloat16 is 5.7e-3 from the reference.)
+float32: the kernels must be as near to it as the reference is. How near that is: the reference with its weights changed by 1e-5 (on a
+CPU) is 0.65 of its own error apart from itself, and every weight's error 0.92 to 1.06 times what it was, 0.99 in the mean. On an H200 the
+kernels' errors are 0.94 to 1.07 times the reference's, 1.0003 in the mean, and the two 0.44 to 0.75 of its error apart. Of the loss's
+terms, the weights changed as above eight times, main and mtp are 1e-4 above float32's with a standard deviation of 1.9e-4; balance is
+6.5e-3 below it with 3.3e-4, as 1.5% of the tokens' choices fall on other experts. (On an H200 it is 6.4e-3 below with the kernels and
+5.1e-3 in the reference; over five draws of tokens these two are 0.7e-3 apart in the root mean square. On a CPU, bfloat16 is 5.7e-3 from
+the reference.)
 """
 
 import jax
@@ -71,5 +73,5 @@ def test_loss_and_gradients_are_as_near_to_float32_as_the_reference_s():
     for name, (off, of_reference, apart) in found.items():
         print(f"{name}: {off:.4f} of the gradient, the reference {of_reference:.4f}, apart {apart:.4f}")
     off, of_reference, apart = np.array(list(found.values())).T
-    assert np.all(off < 1.25 * of_reference) and np.all(apart < of_reference)
-    assert 0.95 < np.exp(np.mean(np.log(off / of_reference))) < 1.05
+    assert np.all(off < 1.2 * of_reference) and np.all(apart < of_reference)
+    assert 0.97 < np.exp(np.mean(np.log(off / of_reference))) < 1.03
