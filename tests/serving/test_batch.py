@@ -10,7 +10,7 @@ import serve
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving import Engine
 from dsv3_jax.serving.batch import run_batch
-from dsv3_jax.serving.openai import Api
+from dsv3_jax.serving.openai import COMPLETIONS, Api
 
 
 @pytest.fixture
@@ -72,6 +72,13 @@ def test_kinds_of_lines_in_their_order(api, chatty, tmp_path):
     assert three["response"]["body"]["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
     prompt = len(chatty.tokenizer.encode("<｜begin▁of▁sentence｜>user: hello\nassistant: ", add_special_tokens=False))
     assert two["response"]["body"]["usage"]["prompt_tokens"] == five["response"]["body"]["usage"]["prompt_tokens"] == prompt
+
+
+def test_several_answers_draw_from_seeds_of_their_own(api):
+    seeds = lambda **body: [request.params.seed for request in api.parse(COMPLETIONS, body, id="", seed=5).requests]  # noqa: E731
+    assert seeds(prompt="x") == [5] and seeds(prompt="x", seed=3) == [3]
+    for body in ({"prompt": "x", "n": 4}, {"prompt": ["x"] * 4}, {"prompt": ["x", "y"], "n": 2}):
+        assert len(set(seeds(**body))) == 4 and seeds(**body) != seeds(**body, seed=3)
 
 
 BAD = {
