@@ -6,9 +6,10 @@ that no step hangs, and how far first gradients and losses are apart. Prints a J
 
 {"case": [KIND:]MESH, "steps": that came to their end, "ms": of one, "gradients": the norm of their difference from one GPU's after the
 first step, as part of the norm of one GPU's, "worst": that of a single array, "without pipe": the first against the same mesh without
-`pipe`, "loss": the largest difference of the first 20}
+`pipe`, "loss": the largest difference of the first 6}
 
-What rounding alone does in so many steps say the cases "data=1, rows …": one GPU again, which adds up every batch in another order.
+What rounding alone does in so many steps say the cases "data=1, rows …": one GPU again, which adds up every batch in another order. Of more
+steps losses say nothing: at this rate some orders of rows meet a spike of the gradient's norm within twenty (docs/benchmarks).
 
 Buffers of the exchange are for whatever comes, so that no step is void. Everything is compiled before anything is run.
 """
@@ -48,7 +49,7 @@ MODEL = ModelConfig(
     topk_group=2,
     rope_scaling=None,
 )
-ROWS, MICROBATCHES, COMPARED = 8, 4, 20
+ROWS, MICROBATCHES, COMPARED = 8, 4, 6
 REORDERED = {
     "data=1, rows reversed": [7, 6, 5, 4, 3, 2, 1, 0],
     "data=1, rows shifted": [1, 2, 3, 4, 5, 6, 7, 0],
