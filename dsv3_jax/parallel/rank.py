@@ -206,25 +206,19 @@ class Rank:
         ranks = self.table.schedule.num_ranks
         down, up = [(r, r + 1) for r in range(ranks - 1)], [(r + 1, r) for r in range(ranks - 1)]
 
-        def neighbours(y, dx):
-            if len(self.stages) == 1:
-                return [(lax.ppermute(y, "pipe", down), lax.ppermute(dx, "pipe", up))]
-            both = jnp.stack([y, dx])
-            if ranks == 2:  # the neighbour above is the one below
-                from_above = from_below = lax.ppermute(both, "pipe", down + up)
-            else:
-                from_above, from_below = lax.ppermute(both, "pipe", down), lax.ppermute(both, "pipe", up)
-            return [(from_above[0], from_below[1]), (from_below[0], from_above[1])]
-
-        nothing = lambda y, dx: [(empty(y), empty(dx)) for _ in self.stages]  # noqa: E731
-        arrived = lax.cond(sends, neighbours, nothing, y, dx)
+        # The ways of y and dx to each chunk. On two ranks the neighbour above is the one below: what arrives is for either chunk.
+        ways = [(down, up), (up, down)][: len(self.stages)]
+        ways = [(down + up, down + up)] if ranks == len(ways) == 2 else ways
+        send = lambda y, dx: [(lax.ppermute(y, "pipe", of_y), lax.ppermute(dx, "pipe", of_dx)) for of_y, of_dx in ways]  # noqa: E731
+        nothing = lambda y, dx: [(empty(y), empty(dx)) for _ in ways]  # noqa: E731
+        arrived = lax.cond(sends, send, nothing, y, dx)
 
         def own(rank, value, otherwise):
             return otherwise if rank is None else jnp.where(self.index == rank, value, otherwise)
 
         return [
             (own(self.turns_down[p], y, x), own(self.last[p], of_loss[p], own(self.turns_up[p], dx, cotangent)))
-            for p, (x, cotangent) in enumerate(arrived)
+            for p, (x, cotangent) in zip(range(len(self.stages)), arrived * 2)
         ]
 
     # Actions.
