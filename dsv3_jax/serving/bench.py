@@ -36,8 +36,6 @@ def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
     drawn = [lengths(options.lengths, most, options.requests, rng) for most in (options.prompt_tokens, options.answer_tokens)]
     prompts = np.minimum(drawn[0], longest - 1)
     answers = np.minimum(drawn[1], longest - prompts)
-    if cut := np.count_nonzero(sum(drawn) > longest):
-        print(f"{cut} of {options.requests} requests are cut to the {longest} tokens that there is room for", file=sys.stderr)
     text = rng.integers(0, engine.config.vocab_size, 1 << 20)
     if options.text:
         if engine.tokenizer is None:
@@ -45,6 +43,8 @@ def make_requests(engine: Engine, options: argparse.Namespace) -> list[Request]:
         text = np.asarray(engine.encode(options.text.read_text(encoding="utf-8", errors="replace")))
         if len(text) <= max(prompts):
             raise UserError(f"{options.text} has {len(text)} tokens, and the longest prompt {max(prompts)}: give a longer text")
+    if cut := np.count_nonzero(sum(drawn) > longest):
+        print(f"{cut} of {options.requests} requests are cut to the {longest} tokens that there is room for", file=sys.stderr)
     starts = rng.integers(0, len(text) - prompts, len(prompts))
     return [
         Request(text[start : start + prompt].tolist(), SamplingParams(max_new_tokens=int(answer), temperature=0, ignore_eos=True))
