@@ -12,6 +12,7 @@ to donate, and its scratch memory lies behind everything else, as small arrays t
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -81,7 +82,7 @@ class Result(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The requests of a step, and what it is told of them that stays while they go on together. num_pages: pages of each request that
+    """The requests of a step, their rows, and what it is told of them that stays while they go on. num_pages: pages of each request that
     the table has."""
 
     requests: list[Request]
@@ -188,11 +189,11 @@ class Runner:
         return 1 + self.speculate
 
     def _arranged(self, work: Work) -> _Batch:
-        """A row for each request, those of a rank filled from the left; as they were in the last decode step if that had the same ones."""
+        """A row for each request. In a decode step those of the last one stay where they were, and others take the rows that are free."""
         num_pages = [len(request.pages) for request in work.requests]
         table, batch = round_up(max(num_pages), self.shapes.tables), self._batch
-        same = batch is not None and (batch.requests, batch.lives) == (work.requests, work.lives)
-        if work.prefill or not same or batch.inputs.table != table:
+        same = batch is not None and batch.inputs.table == table and (batch.requests, batch.lives) == (work.requests, work.lives)
+        if work.prefill or not same:
             batch = self._new_batch(work, table)
         for row, request, before, now in zip(batch.rows, work.requests, batch.num_pages, num_pages):
             if now > before:
@@ -203,18 +204,27 @@ class Runner:
         return batch
 
     def _new_batch(self, work: Work, table: int) -> _Batch:
-        used, places = [0] * self.ranks.count, []
-        for request in work.requests:
-            places.append((request.rank, used[request.rank]))
-            used[request.rank] += 1
+        most = max(Counter(request.rank for request in work.requests).values())
         width = round_up(max(work.counts), self.shapes.widths) if work.prefill else self.decode_width
-        size = round_up(max(used), self.shapes.prefill_batches(width) if work.prefill else self.shapes.decode_batches)
-        rows = [rank * size + place for rank, place in places]
-        inputs = _Inputs.empty(size * self.ranks.count, width, table, prefill=work.prefill)
-        params = [request.params for request in work.requests]
-        inputs.fields.limits[rows] = [request.max_tokens for request in work.requests]
-        inputs.fields.sampling[rows] = Rows.of(params).packed()
-        return _Batch(work.requests, work.lives, rows, [0] * len(rows), inputs, Asked.of(params))
+        size = round_up(most, self.shapes.prefill_batches(width) if work.prefill else self.shapes.decode_batches)
+        before, kept = self._batch, {}  # of requests that go on: row, and pages that its table has
+        if not work.prefill and before and before.inputs.table == table and len(before.inputs.packed) == size * self.ranks.count:
+            # What is left of others in a free row is read by nobody: its positions are those of padding.
+            inputs = before.inputs
+            known = zip(before.requests, before.lives, before.rows, before.num_pages)
+            kept = {request: (row, pages) for request, lives, row, pages in known if request.lives == lives}
+        else:
+            inputs = _Inputs.empty(size * self.ranks.count, width, table, prefill=work.prefill)
+        taken = {kept[request][0] for request in work.requests if request in kept}
+        free = [(row for row in range(rank * size, (rank + 1) * size) if row not in taken) for rank in range(self.ranks.count)]
+        places = [kept.get(request) or (next(free[request.rank]), 0) for request in work.requests]
+        rows, num_pages = map(list, zip(*places))
+        added = [(row, request) for row, request in zip(rows, work.requests) if request not in kept]
+        if added:
+            new_rows = [row for row, _ in added]
+            inputs.fields.limits[new_rows] = [request.max_tokens for _, request in added]
+            inputs.fields.sampling[new_rows] = Rows.of([request.params for _, request in added]).packed()
+        return _Batch(work.requests, work.lives, rows, num_pages, inputs, Asked.of([request.params for request in work.requests]))
 
     def _inputs(self, work: Work, batch: _Batch) -> "_Inputs":
         """The step's host arrays: the batch's, which the device may still be reading for the step before, with this step's tokens."""

@@ -1,6 +1,7 @@
 """The engine against the tokens of other software, and against whole forward passes where those end."""
 
 import dataclasses
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.serving import Engine, Request, SamplingParams, generate
 from dsv3_jax.serving.cache import memory_for_cache
 from dsv3_jax.serving.runner import Shapes
+from dsv3_jax.serving.sampler import Rows
 
 GREEDY = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
 # Engines whose steps look different and whose tokens must not: one after the other; together; prefill in chunks of 5 tokens.
@@ -98,6 +100,44 @@ def test_a_decode_step_overwrites_what_the_last_one_left(plain):
         kept = (*engine.runner._left, engine.runner.load_LE, *engine.runner.caches.values())
         places |= {tuple(array.unsafe_buffer_pointer() for array in kept)} if engine.runner._left else set()
     assert len(places) == 1
+
+
+def test_a_row_says_what_its_request_does(plain, monkeypatch):
+    """Requests that differ come, end and lose their pages, and the rows of some are others' before and after."""
+    prompts = [plain.ids200[0, i : i + 20 + 9 * i].tolist() for i in range(12)]
+    params = [
+        SamplingParams(max_new_tokens=5 + 11 * i % 60, temperature=i % 3 / 2, top_k=i, top_p=1 - i / 30, seed=i, ignore_eos=True)
+        for i in range(12)
+    ]
+    expected = [tokens_of(make(plain, max_batch=1), [prompt], [one])[0] for prompt, one in zip(prompts, params)]
+    engine, steps = make(plain, free_pages=9), []
+
+    def told(work, batch, inputs=engine.runner._inputs):
+        fields = (step := inputs(work, batch)).fields
+        if not work.prefill:
+            steps.append(dict(zip(work.requests, batch.rows)))
+            assert len(set(batch.rows)) == len(work.requests)
+            for request, row in steps[-1].items():
+                assert fields.page_table[row, : len(request.pages)].tolist() == request.pages.tolist()
+                assert fields.limits[row] == request.max_tokens and fields.may_accept[row] == 1
+                np.testing.assert_array_equal(fields.sampling[row], Rows.of([request.params]).packed()[0])
+            free = np.setdiff1d(np.arange(len(step.packed)), batch.rows)
+            assert np.all(fields.positions[free] == -1) and np.all(fields.lengths[free] == 0) and np.all(fields.source[free] == -1)
+        return step
+
+    monkeypatch.setattr(engine.runner, "_inputs", told)
+    requests = [Request(prompt, one) for prompt, one in zip(prompts, params)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+    assert [request.tokens[len(request.prompt) :] for request in requests] == expected
+    both = [(before, after) for before, after in itertools.pairwise(steps) if before.keys() & after.keys()]
+    assert all(before[request] == after[request] for before, after in both for request in before.keys() & after.keys())
+    assert any(set(before.values()) & {after[r] for r in after.keys() - before.keys()} for before, after in both), (
+        "no row went on to another"
+    )
+    assert engine.scheduler.num_preemptions > 0
 
 
 def test_draws_depend_on_the_seed_and_on_nothing_else(plain):
