@@ -59,7 +59,7 @@ def _read_into(path: Path, offset: int, buffer: memoryview) -> None:
 
 
 def open_checkpoint(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint of one or several files. Reads the headers only, and raises UserError where a file is cut short."""
+    """The tensors of a checkpoint, from one file or where its index says. Reads headers only; raises UserError for a file cut short."""
     index_path = directory / INDEX
     if not index_path.exists():
         if not (directory / SINGLE).exists():
@@ -75,12 +75,10 @@ def open_checkpoint(directory: Path) -> dict[str, Stored]:
         raise UserError(f"{index_path} is not an index of safetensors files ({error!r}): download it again") from error
     if absent := [name for name in files if not (directory / name).exists()]:
         raise UserError(f"{directory} lacks {first_few(absent)} of the {len(files)} files in {INDEX}: download them")
-    stored = {}
-    for name in files:
-        stored |= read_header(directory / name)
-    if differing := [name for name in file_of.keys() ^ stored.keys()]:
-        raise UserError(f"{index_path} and the files beside it differ in {first_few(differing)}: download the checkpoint again")
-    return stored
+    headers = {name: read_header(directory / name) for name in files}
+    if absent := [tensor for tensor, name in file_of.items() if tensor not in headers[name]]:
+        raise UserError(f"{index_path} names files that lack {first_few(absent)}: download the checkpoint again")
+    return {tensor: headers[name][tensor] for tensor, name in file_of.items()}
 
 
 def read_header(path: Path) -> dict[str, Stored]:

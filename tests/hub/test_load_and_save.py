@@ -380,6 +380,30 @@ def test_a_shard_is_missing_or_cut_short(tmp_path, monkeypatch):
     refused(tmp_path / "out", f"lacks {last.name} of the {len(others) + 1} files")
 
 
+def test_the_index_says_which_file_a_tensor_is_read_from(copy_of):
+    """Whatever else lies in the files. What it names must be there, and what it leaves out is missing."""
+    directory = copy_of("tiny_s_plain")
+    tensors = load_file(directory / "model.safetensors")
+    others = {"lm_head.weight": np.zeros_like(tensors["lm_head.weight"]), "not of this model": np.zeros(3, np.float32)}
+    save_file(others, directory / "other.safetensors")
+
+    def write(**files):
+        index = {"weight_map": dict.fromkeys(tensors, "model.safetensors") | files}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    write()
+    equal_trees(dsv3_jax.load(directory).params, dsv3_jax.load(MODELS / "tiny_s_plain").params)
+    write(**{"lm_head.weight": "other.safetensors"})
+    assert not np.asarray(dsv3_jax.load(directory).params["lm_head"]).any()
+    write(**{"model.norm.weight": "other.safetensors"})
+    refused(directory, "names files that lack model.norm.weight")
+    write(**{"old": "other.safetensors"})
+    refused(directory, "names files that lack old")
+    del tensors["lm_head.weight"]
+    write()
+    refused(directory, "1 missing: lm_head.weight")
+
+
 def test_fp8_without_scales(copy_of):
     directory = copy_of("tiny_e_fp8_mtp")
     header = int.from_bytes((directory / "model.safetensors").read_bytes()[:8], "little")
