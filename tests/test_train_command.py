@@ -186,6 +186,7 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--mesh", "dta=8", "--dry-run"], "unknown mesh axis 'dta' (did you mean 'data'?)"),
         (["--mesh", "data=8", "--batch-size", "12", "--workdir", "{tmp}/run"], "batch_size=12"),
         (["--mesh", "data=8", "--batch-size", "12", "--dry-run"], "batch_size=12"),
+        (["--batch-size", "100000000000", "--workdir", "{tmp}/run"], "and this machine has "),
         (["--sequence-length", "512", "--workdir", "{tmp}/run"], "sequence_length=512 is more than model.max_position_embeddings=256"),
         (["--data.corpus", "nowhere", "--workdir", "{tmp}/run"], "the corpus nowhere does not exist"),
         (["--data.corpus", "{tmp}/empty", "--workdir", "{tmp}/run"], "has no files"),

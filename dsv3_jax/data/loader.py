@@ -18,6 +18,7 @@ from dsv3_jax.data.prepare import Prepared
 from dsv3_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+READ_AHEAD = 2  # batches
 
 
 class Loader:
@@ -53,7 +54,7 @@ class Loader:
             batch["segment_ids"], batch["positions"] = segments(batch["tokens"], self.prepared.eos_id)
         return batch
 
-    def batches(self, spans: Iterable[tuple[int, int]], *, prefetch: int = 2) -> Iterator[Batch]:
+    def batches(self, spans: Iterable[tuple[int, int]], *, prefetch: int = READ_AHEAD) -> Iterator[Batch]:
         """`batch(*span)` of each (first_row, num_rows), in order, the next `prefetch` of them being read by a thread meanwhile."""
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
             pending = deque()

@@ -198,7 +198,7 @@ def report(config: TrainConfig, num_devices: int) -> str:
     first, length = schedules.batch_size(config, 0), config.sequence_length
     lines = [
         f"parameters: {counts['main']:,} main, {counts['mtp']:,} MTP only; {counts['activated']:,} activated by a token",
-        f"mesh: {', '.join(f'{axis}={size}' for axis, size in sizes.items())} ({num_devices} devices)",
+        f"mesh: {', '.join(f'{axis}={size}' for axis, size in sizes.items())} ({num_devices} device{'s' if num_devices > 1 else ''})",
         "bytes a device at the fullest moment of a step:",
         *(f"  {kind:<44} {count:>20,}" for kind, count in kinds.items()),
         f"  {'together':<44} {sum(kinds.values()):>20,}",

@@ -8,6 +8,7 @@ a run that was stopped goes on bit for bit as if it had not been.
 import contextlib
 import fcntl
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 from dsv3_jax import checkpoint, command_line, compilation_cache, hub
 from dsv3_jax.config import TrainConfig, from_dict, to_dict
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.data.loader import Loader, heldout_batches
+from dsv3_jax.data.loader import READ_AHEAD, Loader, heldout_batches
 from dsv3_jax.data.prepare import Prepared, bits_per_byte, prepare, train_tokenizer
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError, full_memory_told
@@ -70,14 +71,15 @@ class Run:
                 f"sequence_length={config.sequence_length} is more than model.max_position_embeddings="
                 f"{config.model.max_position_embeddings}: raise the one, which is also what serving allows, or lower the other"
             )
+        process, count = jax.process_index(), jax.process_count()
+        self.share = meshes.share_of_rows(self.mesh, process)
+        _check_room_for_rows(config, self.share[1])
         self.resumed_from = _find_resumed(config, directory)
         position = self.resumed_from.load({"data": POSITION})["data"] if self.resumed_from else POSITION
         self.step, self.row = position["step"], position["row"]  # steps done, rows consumed by them
         # One process prepares: elsewhere the same corpus may be other files, or have other times, and would make other rows.
         rows = processes.from_first(lambda: _prepare(config, directory, position["rows"], self.resumed_from))
         self.prepared = Prepared.open(_cache(config, directory) / rows)
-        process, count = jax.process_index(), jax.process_count()
-        self.share = meshes.share_of_rows(self.mesh, process)
         options = {"seed": config.seed, "segment_ids": config.data.mask_documents}
         self.loader = Loader(self.prepared.directory, process_index=self.share[0], process_count=self.share[1], **options)
         self.watch = watch.Watch(directory / "where", process, count, config.max_wait, watch.place(self.mesh, process))
@@ -140,12 +142,11 @@ class Run:
 
     def _train(self, log: MetricsLog, progress: Progress) -> None:
         config, clock = self.config, _Clock()
-        steps = list(schedules.steps(config, self.step, self.row))
-        batches = self.loader.batches((step.first_row, step.num_rows) for step in steps)
+        batches = self.loader.batches((step.first_row, step.num_rows) for step in schedules.steps(config, self.step, self.row))
         pending = None  # the metrics of a step are read while the next one runs
         if self._told_to_stop():
             return  # before the first step: later ones end the loop, saved
-        for step, batch in zip(steps, batches):
+        for step, batch in zip(schedules.steps(config, self.step, self.row), batches):
             with self.watch.waiting(f"step {step.number + 1}"):
                 self.state, metrics = self.trainer.step(self.state, self._place(batch), step.scheduled)
             if pending:
@@ -279,6 +280,17 @@ def _items(state: TrainState) -> dict:
     """The state as it lies in a checkpoint."""
     train_state = {"adam": state.adam, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
     return {"params": state.params, "train_state": train_state} | ({"ema": state.ema} if state.ema is not None else {})
+
+
+def _check_room_for_rows(config: TrainConfig, parts: int) -> None:
+    """Raises UserError where this machine's memory is too small for one of so many parts of a batch, and for those that are read ahead."""
+    needed = (1 + READ_AHEAD) * 4 * (config.sequence_length + 1) * config.batch_size // parts
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"batch_size={config.batch_size} rows of {config.sequence_length} tokens, with those that are read ahead, need "
+            f"{needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f}: lower --batch-size"
+        )
 
 
 def _cache(config: TrainConfig, directory: Path) -> Path:

@@ -450,7 +450,7 @@ def interpreted_operations(rows, tokens):
             q = lax.bitcast_convert_type(q[...], jnp.bfloat16).reshape(rows, LATENT + ROPE)
         return q.astype(jnp.float32) @ keys(page, first).T
 
-    def add_values(page, first, p, o, alpha, reference, zero):
+    def add_values(page, first, p, o, alpha, reference, _):
         return o * alpha[:, None] + p @ keys(page, first)[:, :LATENT], reference, 0
 
     def give(sums, of_rows, o, m, total, worker):
