@@ -234,11 +234,11 @@ class Engine:
                 request.tokens += tokens  # as nearly always
             else:
                 tokens, reason = self._append(request, tokens)
-            stats.generated_tokens += len(tokens)
             self.scheduler.cached(request, len(request.tokens) - 1)
             if reason:
                 self.scheduler.finish(request, reason)
             outputs.append(self._output(request, tokens, [] if logprobs is None else _logprobs(request, tokens, row, logprobs)))
+            stats.generated_tokens += len(outputs[-1].tokens)
         return outputs
 
     def _append(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None]:

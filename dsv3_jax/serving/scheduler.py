@@ -184,7 +184,7 @@ class Scheduler:
             if self._has_place(rank) and needed - len(found) <= room:
                 places.append((rank, found))
         idlest = min((loads[rank] for rank, _ in places), default=0)
-        places = [place for place in places if loads[place[0]] <= idlest + _SLACK]
+        places = [place for place in places if loads[place[0]] < idlest + _SLACK]
         return min(places, key=lambda place: (-len(place[1]), loads[place[0]]), default=None)
 
     def _waits(self, prefilling: list[Request], decoding: list[Request]) -> bool:

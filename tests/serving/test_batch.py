@@ -138,12 +138,14 @@ def test_an_interrupted_file_goes_on_where_it_stopped(api, tmp_path):
     source, whole = write(tmp_path / "in.jsonl", lines), tmp_path / "whole.jsonl"
     run_batch(api, source, whole)
     expected, size = without_time(whole), whole.stat().st_size
-    for cut in [0, 1, size - 1, size, *(rng.randrange(size) for _ in range(8))]:
+    before_its_end = whole.read_bytes().index(b"\n", size // 2)  # all of a line but what ends it
+    for cut in [0, 1, before_its_end, size - 1, size, *(rng.randrange(size) for _ in range(7))]:
         part = tmp_path / "part.jsonl"
         part.write_bytes(whole.read_bytes()[:cut])
         kept = part.read_bytes()[: part.read_bytes().rfind(b"\n") + 1]
         run_batch(api, source, part)
         assert part.read_bytes().startswith(kept), "a line that was done was done again"
+        assert part.read_bytes().endswith(b"\n")
         assert without_time(part) == expected
     # A line of zeros, as a file system may leave after a power cut.
     part.write_bytes(whole.read_bytes()[: size // 2].rpartition(b"\n")[0] + b"\n" + b"\0" * 40)

@@ -140,6 +140,22 @@ def test_a_row_says_what_its_request_does(plain, monkeypatch):
     assert engine.scheduler.num_preemptions > 0
 
 
+def test_a_request_that_comes_back_in_the_next_decode_step(plain):
+    """It lost its pages while the older one, which is at its last token, could not decode either, and no step came between. It finds the
+    other's first page, whose tokens are the same, and its own old first page is its last one now."""
+    prompt, engine = plain.ids200[0, :120].tolist(), make(plain, free_pages=4)
+    older = Request(prompt[:118], dataclasses.replace(GREEDY, max_new_tokens=11))
+    younger = Request(prompt, dataclasses.replace(GREEDY, max_new_tokens=30))
+    engine.add(older), engine.add(younger)
+    pages = []  # of the younger one, in each of its lives
+    while engine.has_work:
+        engine.step()
+        pages[younger.lives :] = [younger.pages.tolist()]
+    assert engine.scheduler.num_preemptions == 1 and pages[1][0] != pages[0][0] == pages[1][-1]
+    (expected,) = tokens_of(make(plain), [prompt], dataclasses.replace(GREEDY, max_new_tokens=30))
+    assert younger.tokens[120:] == expected
+
+
 def test_draws_depend_on_the_seed_and_on_nothing_else(plain):
     prompts = [plain.ids200[0, i : i + 30].tolist() for i in range(5)]
     params = SamplingParams(max_new_tokens=40, temperature=1.0, top_p=0.9, min_p=0.01, top_k=50, seed=3, ignore_eos=True)

@@ -165,6 +165,18 @@ def test_a_prefill_step_does_not_wait_for_long(queue, least):
     assert [kind for kind, *_ in steps] == ["decode"] * least + ["prefill"]
 
 
+def test_a_prefix_draws_requests_to_its_rank_up_to_four_more():
+    scheduler = Scheduler(PagePool(64, 2), max_batch=32, max_length=256, prefill_tokens=128, prefill_widths=(128,))
+    first, *others = requests = [Request([1] * 64 + [i], SamplingParams(max_new_tokens=50)) for i in range(9)]
+    scheduler.add(first)
+    land(scheduler, scheduler.schedule(), np.random.default_rng(0), 0.0, {})
+    for request in others:
+        scheduler.add(request)
+    scheduler.schedule()
+    assert [request.rank for request in requests] == [0, 0, 0, 0, 1, 0, 1, 0, 1]
+    assert [request.num_cached for request in others] == [64 * (request.rank == 0) for request in others]
+
+
 def test_the_youngest_gives_its_pages_back():
     """Four pages, and three requests that come to need two each."""
     scheduler = Scheduler(PagePool(4), max_batch=4, max_length=128, prefill_tokens=256, prefill_widths=(64,))

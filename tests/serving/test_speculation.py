@@ -94,6 +94,21 @@ def test_oracle_tokens_with_speculation(with_mtp):
     assert tokens == with_mtp.greedy_tokens.tolist()
 
 
+def test_a_stop_text_ends_an_answer_within_a_step(model, with_mtp):
+    """Each answer at another place; what a step has drawn beyond it is neither in the answer nor counted."""
+    prompt = model.prompts[:30].tolist()
+    (whole,), _ = answers(model, [DRAWN], [prompt])
+    stops = [with_mtp.tokenizer.decode([token]) for token in whole[10:]]
+    stops = [text for text in dict.fromkeys(stops) if text.isprintable() and "\ufffd" not in text][:16]
+    found = []
+    for drafts in (0, 3):
+        engine = make(model, tokenizer=with_mtp.tokenizer, speculate=drafts)
+        completions = engine.generate([prompt] * len(stops), [dataclasses.replace(DRAWN, stop=(text,)) for text in stops])
+        found.append([(completion.text, completion.tokens, completion.finish_reason) for completion in completions])
+        assert engine.stats.generated_tokens == sum(len(completion.tokens) for completion in completions)
+    assert found[0] == found[1] and len(stops) == 16 and {reason for *_, reason in found[0]} == {"stop"}
+
+
 def test_requests_with_penalties_do_not_speculate(model):
     params = [dataclasses.replace(GREEDY, frequency_penalty=1.0), GREEDY]
     prompts = [model.prompts[:20].tolist()] * 2

@@ -95,14 +95,16 @@ def test_nothing_to_predict_is_zero_and_not_nan(decoder, params, batch):
 
 
 def test_segments_equal_documents_by_themselves(decoder, params, batch):
-    """Three documents in a row with segment ids lose what they lose alone; no target crosses."""
+    """Three documents in a row with segment ids lose what they lose alone, within any mask; no target crosses."""
     documents = batch["tokens"]
     place = np.tile(np.arange(21, dtype=np.int32), 3)[None]
     row = {"tokens": documents.reshape(1, 63), "segment_ids": np.repeat(np.arange(3, dtype=np.int32), 21)[None], "positions": place}
-    _, terms = terms_of(decoder, params, row)
     main, mtp, _ = reference(decoder, params, documents)
-    assert terms["main"] == pytest.approx(main.mean(), rel=1e-5)
-    assert terms["mtp"] == pytest.approx(mtp.mean(), rel=1e-5)
+    for mask in (np.ones((1, 62), np.float32), np.random.default_rng(2).integers(0, 2, (1, 62)).astype(np.float32)):
+        _, terms = terms_of(decoder, params, row | {"loss_mask": mask})
+        mask = np.append(mask, 0).reshape(3, 21)[:, :20]
+        assert terms["main"] == pytest.approx((main * mask).sum() / mask.sum(), rel=1e-5)
+        assert terms["mtp"] == pytest.approx((mtp * mask[:, 1:]).sum() / mask[:, 1:].sum(), rel=1e-5)
 
 
 def test_pieces_change_neither_loss_nor_gradient(decoder, params, batch, monkeypatch):
@@ -179,9 +181,11 @@ def test_balance_reaches_routers_and_what_feeds_them(gradients):
 
 
 def test_next_token_loss_is_the_sum_of_main(decoder, params, batch):
-    (nats, count), _ = jax.jit(lambda p, b: loss.next_token_loss(decoder, p, b))(params, batch)
+    """Of the targets within the mask."""
+    mask = np.random.default_rng(3).integers(0, 2, SIZE).astype(np.float32)
+    (nats, count), _ = jax.jit(lambda p, b: loss.next_token_loss(decoder, p, b))(params, batch | {"loss_mask": mask})
     main, _, _ = reference(decoder, params, batch["tokens"])
-    assert count == SIZE[0] * SIZE[1] and nats == pytest.approx(main.sum(), rel=1e-5)
+    assert count == mask.sum() and nats == pytest.approx((main * mask).sum(), rel=1e-5)
 
 
 def test_dense_model_without_mtp(micro_model):

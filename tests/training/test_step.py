@@ -76,9 +76,14 @@ def test_bias_follows_the_load_and_nothing_else(setup, whole):
 
 
 def test_moving_average(setup, whole):
-    _, _, params, _ = setup
-    _, state, _ = whole
-    close(state.ema, jax.tree.map(lambda old, new: 0.9 * old + 0.1 * np.asarray(new), params, state.params), rtol=1e-6)
+    """It starts as the parameters, and goes on from itself."""
+    _, _, params, batch = setup
+    trainer, average = whole[0], params
+    state = start(trainer, params)
+    for _ in range(3):
+        state, _ = trainer.step(state, batch, SCHEDULED)
+        average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * np.asarray(new), average, state.params)
+        close(state.ema, average, rtol=1e-6)
 
 
 def test_non_finite_steps_change_nothing_and_are_counted(setup, whole):
