@@ -82,6 +82,8 @@ class Scaled:
             scales = read_scales(slot, unit.block + i)
             factors = (None,) * (cols // piece) if by_column else scales
             promoted = []
+            # One thread gives a cluster's stage back for its warpgroup. Only a product keeps the four warps together, so whatever they read
+            # from the stage is read before the last product begins, or a barrier follows.
             # Two waves have the same columns: their scales are loaded once. For one there are no registers until its product is done.
             early = column_scales(scales, slot) if self.b_kind == "tiles" and waves > 1 else None
             for wave in range(waves):
@@ -103,7 +105,7 @@ class Scaled:
                     partial *= lax.broadcast_in_dim(column_scales(scales, slot) if early is None else early, (WAVE, cols), [1])
                 if wave == waves - 1:
                     if self.b_kind == "tiles" and early is None and config.cluster > 1:
-                        plgpu.commit_smem()  # one thread gives a cluster's stage back for its warpgroup: all must have read their scales
+                        plgpu.commit_smem()  # the barrier
                     plgpu.barrier_arrive(smem["empty"].at[slot])
                 for p, factor in enumerate(factors):
                     scale = row_scales if by_column else row_scales * factor
