@@ -12,12 +12,11 @@ permutation, quantisation and recomputation.
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from dsv3_jax import command_line, recipes
 from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import combine, dispatch
+from dsv3_jax.parallel import profiles
 from dsv3_jax.precision import attach, check_devices, quantize_params
 from dsv3_jax.precision import recipe as named_recipe
 
@@ -106,22 +106,9 @@ def seconds(function, *arguments, calls: int = 10) -> float:
 
 def kernels(compiled, *arguments) -> Counter:
     """{(kernel, scope of its operation): milliseconds} of one call; scopes are read from the compiled program."""
-    scopes = {}
-    for line in compiled.as_text().splitlines():  # those with a kernel are hundreds of kilobytes long: no regular expression
-        name, _, operation = line.partition(" = ")
-        scopes[name.split("%")[-1].strip()] = operation.rpartition('op_name="')[2].partition('"')[0] if "op_name=" in operation else ""
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            jax.block_until_ready(compiled(*arguments))
-        (file,) = Path(directory).glob("**/*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(file))
-    milliseconds = Counter()
-    for plane in profile.planes:
-        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    scope = scopes.get(dict(event.stats).get("hlo_op", ""), "")
-                    milliseconds[event.name, scope] += event.duration_ns / 1e6
+    scopes, milliseconds = profiles.scopes(compiled.as_text()), Counter()
+    for event in itertools.chain(*profiles.trace(lambda: compiled(*arguments))):
+        milliseconds[event.name, scopes.get(event.op, "")] += (event.end - event.start) / 1e6
     return milliseconds
 
 

@@ -17,12 +17,11 @@ A row of the table is a decode step of so many requests with `--context` tokens 
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv3_jax import command_line, recipes
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
+from dsv3_jax.parallel import profiles
 from dsv3_jax.precision import recipe as named_recipe
 from dsv3_jax.precision import to_fp8
 from dsv3_jax.serving import runner
@@ -144,19 +144,11 @@ def per_call(function, calls: int) -> float:
 def kernels(function) -> tuple[Counter, Counter]:
     """Milliseconds of one call's kernels by name, and how many there are."""
     jax.block_until_ready(function())
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            jax.block_until_ready(function())
-        (file,) = Path(directory).glob("**/*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(file))
     milliseconds, count = Counter(), Counter()
-    for plane in profile.planes:
-        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    name = re.sub(r"[._]?\d+$", "", event.name)
-                    milliseconds[name] += event.duration_ns / 1e6
-                    count[name] += 1
+    for event in itertools.chain(*profiles.trace(function)):
+        name = re.sub(r"[._]?\d+$", "", event.name)
+        milliseconds[name] += (event.end - event.start) / 1e6
+        count[name] += 1
     return milliseconds, count
 
 
