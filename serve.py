@@ -31,6 +31,13 @@ def at_least(low: int):
     return integer
 
 
+def path(text: str) -> Path:
+    """A type of option: an empty one, as an unset variable of a shell makes it, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a file or folder")
+    return Path(text)
+
+
 def positive(text: str) -> float:
     if not (value := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
@@ -43,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="serve.py bench" if bench else "serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("model", type=Path, help="run folder or Hugging Face directory")
+    option("model", type=path, help="run folder or Hugging Face directory")
     option("--step", type=int, help="of a run; default the newest")
     option("--dtype", choices=["float32", "bfloat16"], help="of weights and computation; default as stored, float32 on a CPU")
 
@@ -71,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         option("--lengths", choices=["fixed", "random", "mixed", "sharegpt"], default="random", help="see bench.py")
         option("--prompt-tokens", type=at_least(1), default=256, help="all (fixed), most (random, mixed) or mean (sharegpt)")
         option("--answer-tokens", type=at_least(1), default=128, help="the same of answers")
-        option("--text", type=Path, help="prompts are pieces of this file; default random tokens")
+        option("--text", type=path, help="prompts are pieces of this file; default random tokens")
         option("--random", choices=["bf16", "fp8"], help="MODEL is a recipe's name: its model with random weights")
         option("--static", action="store_true", help="fill a batch, wait until all of it has ended, fill the next")
         option("--seed", type=int, default=0)
@@ -79,9 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     mode = parser.add_argument_group("what to do (default: a chat)").add_mutually_exclusive_group()
     mode.add_argument("--prompt", help="answer this")
-    mode.add_argument("--input", type=Path, help='.jsonl of OpenAI batch lines or {"prompt": …}, or .txt with a prompt a line')
+    mode.add_argument("--input", type=path, help='.jsonl of OpenAI batch lines or {"prompt": …}, or .txt with a prompt a line')
     mode.add_argument("--http", action="store_true", help="serve the OpenAI API")
-    option("--output", type=Path, help="of --input: one line for each of its lines, in its order")
+    option("--output", type=path, help="of --input: one line for each of its lines, in its order")
 
     sampling = parser.add_argument_group("sampling (where a request does not say)")
     sampling.add_argument(

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
@@ -37,6 +38,12 @@ def parsed(parse: Callable[[], Any]) -> Any:
         lines = itertools.dropwhile(lambda line: not line.strip(rule), (line.strip("│ ") for line in printed.getvalue().splitlines()[1:]))
         message = " ".join(itertools.takewhile(lambda line: line.strip(rule), lines))
         raise UserError(f"{message} (--help lists the options)") from None
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raises UserError, which says what to give, where it is no file."""
+    if not path.is_file():
+        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: give {what}")
 
 
 def deferred(function: Callable) -> Callable:

@@ -179,6 +179,7 @@ class OptimizerConfig:
     def __post_init__(self):
         _check_at_least(0, self, "learning_rate", "warmup_steps", "decay_ratio", "tail_ratio", "weight_decay", "bias_update_speed")
         _check_at_least(0, self, "balance_loss_weight", "mtp_loss_weight", "mtp_loss_weight_tail")
+        _check_at_least(0, self, "mtp_tail_start", "bias_update_end")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

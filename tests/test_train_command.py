@@ -200,6 +200,7 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--supervise", "0"], "--supervise 0: give at least one process"),
         (["--supervise", "2", "--coordinator", "host:1"], "leave --coordinator"),
         (["--supervise", "2", "--process-id", "0"], "leave --coordinator"),
+        (["--coordinator", "host", "--num-processes", "2", "--process-id", "0"], "--coordinator 'host' must be HOST:PORT"),
         (["--model.vocab-size", "100", "--workdir", "{tmp}/run", *TEXT], "vocab_size is 100"),
         (["--model.bos-token-id", "7", "--workdir", "{tmp}/run", *TEXT], "bos_token is 0 and model.bos_token_id is 7: give"),
         (["{tmp}/nothing.py"], "returns a NoneType: it must return a dsv3_jax.config.TrainConfig"),
@@ -211,6 +212,7 @@ TEXT = ["--data.corpus", "{tmp}/text", "--data.heldout-fraction", "0.2"]
         (["--workdir", "", "--dry-run"], "workdir is empty: name a file or folder"),
         (["--data.fim-rate", "2", "--dry-run"], "fim_rate=2.0 must lie in 0..1"),
         (["--data.heldout-fraction", "nan", "--dry-run"], "heldout_fraction=nan must lie in 0..1, 1 excluded"),
+        (["--optimizer.mtp-tail-start", "nan"], "mtp_tail_start=nan must be at least 0 and finite"),
         (["--optimizer.beta1", "1"], "beta1=1.0 must lie in 0..1"),
         (["--optimizer.eps", "0"], "eps=0.0 must be more than 0"),
         (["--batch-ramp-end", "2"], "batch_ramp_end=2.0 must lie in 0..1"),
@@ -232,6 +234,16 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, command):
     status, _, errors = command([arg.format(tmp=tmp_path) for arg in argv])
     assert status == 2
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_no_device_is_one_line(command, monkeypatch):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'abacus'\n(set JAX_PLATFORMS='')")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    monkeypatch.setattr(jax, "devices", none)
+    status, _, errors = command(["--dry-run"])
+    assert (status, errors.count("\n")) == (2, 1) and "JAX finds no device with JAX_PLATFORMS='abacus' (Unable" in errors
 
 
 def test_ctrl_c_ends_at_once(tmp_path):

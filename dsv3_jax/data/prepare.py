@@ -87,7 +87,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, directory: str | Path) -> T
         documents = corpus.documents("train")
         first = next(documents, None)
         if first is None:
-            raise UserError(f"the corpus {corpus} has no training text: give documents that are not empty and are UTF-8")
+            raise UserError(f"the corpus {corpus} has no training text: give documents that are not empty and are UTF-8, or hold out fewer")
         Tokenizer.train((document.text for document in itertools.chain([first], documents)), vocab_size).save(folder)
 
     return Tokenizer.load(_make_once(Path(directory), f"tokenizer-{key}", make))

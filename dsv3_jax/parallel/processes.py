@@ -6,6 +6,7 @@ python train.py --coordinator HOST:PORT --num-processes 2 --process-id 0  anywhe
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             raise UserError("--coordinator HOST:PORT, --num-processes and --process-id belong together: give all three")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process-id {process_id} must lie in 0..{num_processes - 1}, one for each of the processes")
+        if not re.fullmatch(r"\S+:\d+", coordinator):
+            raise UserError(f"--coordinator {coordinator!r} must be HOST:PORT of the first process")
         found = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     elif name := cluster():
         found = {"cluster_detection_method": name}

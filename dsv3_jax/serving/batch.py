@@ -5,6 +5,7 @@ a line. Output, one line each: {"id", "custom_id", "response": {"status_code", "
 own record of what is done: started again with the same input, a run drops a line that was cut off and goes on after the last whole one.
 """
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsv3_jax.command_line import check_file
 from dsv3_jax.errors import UserError
 from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, Job, error_body
 from dsv3_jax.serving.request import Completion, InvalidParameter, Request, derive_seed
 
+REQUESTS = "a .jsonl or .txt file of requests"
 _WINDOW = 16  # times max_batch: answers that may wait for an earlier line's
 
 
@@ -70,21 +73,17 @@ def run_batch(api: Api, source: Path, target: Path, *, seed: int = 0, progress: 
     """Answers every line of `source` that `target` does not answer yet; returns how many failed (of those done now).
 
     seed: of lines that name none, together with their number. progress: called with (lines done, lines in all) first and after each step.
-    Raises UserError where the input cannot be read, or the output belongs to another input.
+    Raises UserError where the input cannot be read, the output cannot be written, or it belongs to another input.
     """
-    if not source.is_file():
-        raise UserError(f"{source} does not exist: give a .jsonl or .txt file of requests")
+    check_file(source, REQUESTS)
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is the input itself: give another output")
     total = sum(1 for _ in read_lines(source))
     lines = read_lines(source)
     run, failed = _Run(api, seed), 0
-    try:
+    with _told_of_output(target):
         done = _resume(target, lines)
-        file = target.open("ab")
-    except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror}): give another output") from error
-    with file:
+    with _told_of_output(target), target.open("ab") as file:
         if progress:
             progress(done, total, api)
         while True:
@@ -101,12 +100,26 @@ def run_batch(api: Api, source: Path, target: Path, *, seed: int = 0, progress: 
                 progress(done, total, api)
 
 
+@contextlib.contextmanager
+def _told_of_output(target: Path) -> Iterator[None]:
+    """What the file system refuses, as a UserError."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads the answers has enough of them
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target} ({error.strerror}): make room or rights there and start again, which goes on where it stopped, "
+            "or give another output"
+        ) from error
+
+
 def _resume(target: Path, lines: Iterator[Line]) -> int:
     """How many lines of the output are done; as many are taken from `lines`. What follows the last whole line is cut off.
 
     Raises UserError where the output is another input's, or damaged before its end.
     """
-    if not target.exists():
+    if not target.is_file():  # not there yet, or a pipe or device, which keeps nothing
         return 0
     done, offset, size = 0, 0, target.stat().st_size
     with target.open("rb") as file:

@@ -11,8 +11,9 @@ import rich.console
 import rich.progress
 
 from dsv3_jax import compilation_cache
-from dsv3_jax.errors import UserError, full_memory_told, needs_extra
-from dsv3_jax.serving.batch import run_batch
+from dsv3_jax.command_line import check_file
+from dsv3_jax.errors import UserError, check_devices, full_memory_told, needs_extra
+from dsv3_jax.serving.batch import REQUESTS, run_batch
 from dsv3_jax.serving.engine import Engine, check_drafts
 from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, validate
 from dsv3_jax.serving.request import Request
@@ -31,18 +32,19 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
 
 def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     check_drafts(options.speculate)
+    check_devices()
     if options.bench:
         from dsv3_jax.serving import bench
 
-        if options.text and not options.text.is_file():
-            raise UserError(f"{options.text} does not exist: give a text file to cut prompts from")
+        if options.text:
+            check_file(options.text, "a text file to cut prompts from")
         compilation_cache.use()
         engine = make_engine()
         requests = bench.make_requests(engine, options)  # before minutes of compilation: what is wrong with them
         compile_all(engine)
         return bench.run(engine, requests, options)
-    if options.input and not options.input.is_file():
-        raise UserError(f"{options.input} does not exist: give a .jsonl or .txt file of requests")
+    if options.input:
+        check_file(options.input, REQUESTS)
     if options.output and not options.output.absolute().parent.is_dir():
         raise UserError(f"{options.output.absolute().parent} does not exist: make it, or give another --output")
     if options.output and options.output.is_dir():

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from dsv3_jax.serving.cache import Transfer
+from dsv3_jax.errors import UserError
+from dsv3_jax.serving.cache import PAGE_SIZE, Transfer
 from dsv3_jax.serving.ranks import Ranks
 
 _PAGES = 16  # of a rank in one copy
@@ -23,7 +24,10 @@ class HostPages:
         self._ranks = ranks
         cache = next(iter(caches.values()))
         self._pages_per_rank = cache.shape[1] // ranks.count
-        self._memory = {name: np.empty((num_slots, x.shape[0], *x.shape[2:]), x.dtype) for name, x in caches.items()}
+        try:
+            self._memory = {name: np.empty((num_slots, x.shape[0], *x.shape[2:]), x.dtype) for name, x in caches.items()}
+        except MemoryError as error:
+            raise UserError(f"no host memory for {num_slots * PAGE_SIZE} more tokens of the cache: lower --host-cache-tokens") from error
         self._leaving: list[tuple[np.ndarray, np.ndarray, dict]] = []  # (slots, their rows, content on the devices)
 
     def run(self, caches: dict, transfers: list[Transfer]) -> dict:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -167,8 +168,10 @@ def test_an_output_of_another_input_is_left_alone(api, tmp_path):
     with pytest.raises(UserError, match="damaged line 1"):
         run_batch(api, source, target)
     assert target.read_bytes() == b"damaged\n" + before
-    with pytest.raises(UserError, match=r"cannot write .* give another output"):
+    with pytest.raises(UserError, match=r"cannot write .* or give another output"):
         run_batch(api, source, tmp_path)
+    with pytest.raises(UserError, match=r"cannot write /dev/full .No space left on device.: make room"):
+        run_batch(api, source, Path("/dev/full"))  # where reading what is done would never end
 
 
 def test_more_lines_than_the_engine_takes_at_once(api, tmp_path):
@@ -206,6 +209,8 @@ def test_command_errors_are_one_line(capsys, plain, tmp_path):
         ([plain.path, "--prompt", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
         ([plain.path, "--input", "x"], "belong together"),
         ([plain.path, "--input", tmp_path / "x.jsonl", "--output", "y"], "does not exist"),
+        ([plain.path, "--input", tmp_path, "--output", "y"], "is no file: give a .jsonl or .txt file of requests"),
+        (["", "--prompt", "x"], "argument model: it is empty: name a file or folder"),
         ([plain.path, "--prompt", "x", "--speculate"], "no MTP module"),
         ([plain.path, "--prompt", "x", "--temperature", "9"], "temperature is 9.0: it must be a number within 0..2"),
         ([plain.path, "--prompt", "x", "--max-tokens", "0"], "max_tokens is 0: it must be an integer of at least 1"),

@@ -253,6 +253,11 @@ def test_a_prefill_step_has_no_more_rows_than_its_tokens_allow():
     assert shapes._replace(batches=(1, 8), prefill_tokens=4096).prefill_batches(64) == (1, 8)  # there are no more requests
 
 
+def test_pages_of_the_host_have_to_fit_into_its_memory(plain):
+    with pytest.raises(UserError, match="no host memory for 64000000000000 more tokens"):
+        make(plain, host_pages=10**12)
+
+
 def test_a_cache_has_to_fit_into_the_memory(plain, monkeypatch):
     for free, words in ((100_000, r"no memory for a cache of 1024 tokens: \d+ fit beside the weights"), (100, "no memory is left")):
         monkeypatch.setattr("dsv3_jax.serving.engine.memory_for_cache", lambda devices, scratch, free=free: free)
