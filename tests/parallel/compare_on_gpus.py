@@ -11,13 +11,15 @@ first step, as part of the norm of one GPU's, "worst": that of a single array, "
 What rounding alone does in so many steps say the cases "data=1, rows …": one GPU again, which adds up every batch in another order. Of more
 steps losses say nothing: at this rate some orders of rows meet a spike of the gradient's norm within twenty (docs/benchmarks).
 
-Buffers of the exchange are for whatever comes, so that no step is void. Everything is compiled before anything is run.
+Buffers of the exchange are for whatever comes, so that no step is void. Everything is compiled before anything is run, and to give the same
+bits each time: one GPU's first FP8 gradient would else be 1e-3 from itself now and then (docs/benchmarks/training.md).
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 import sysconfig
 import time
@@ -83,7 +85,8 @@ class Run:
         tokens = jax.ShapeDtypeStruct((ROWS, length + 1), np.int32, sharding=trainer.batch_sharding)
         self.init = jax.jit(make, out_shardings=trainer.shardings).lower(self.key).compile()
         size = np.inf if trainer.spread.has_buffers else 1.0
-        self.step = trainer.jitted(size).lower(state, {"tokens": tokens}, SCHEDULED).compile()
+        lowered = trainer.jitted(size).lower(state, {"tokens": tokens}, SCHEDULED)
+        self.step = lowered.compile({"xla_gpu_deterministic_ops": True})
 
     def train(self, batches: list[np.ndarray], steps: int) -> tuple[list[float], dict, float]:
         """(losses, the first gradients, ms a step after the first ones)."""
@@ -108,6 +111,7 @@ compiled = functools.cache(Run)  # what several calls compare with is compiled o
 
 def prepare(precision: str, cases: list[str], steps: int, length: int = 1024):
     """Compiles all of them; the function that is returned runs them, and yields a row for each."""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"  # attention reads it when it is traced
 
     def without_pipe(case):
         axes = [axis for axis in case.rpartition(":")[2].split(",") if not axis.startswith("pipe")]
