@@ -188,11 +188,15 @@ def main() -> None:
     parser.add_argument("run", help="a run folder of train.py")
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--rows", type=int, default=1, help="sequences a batch")
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default 4096, or as many as the model has positions for")
     parser.add_argument("--output", help="write all errors as JSON here")
     arguments = parser.parse_args()
     model, config = dsv3_jax.load(arguments.run), open_run(arguments.run).config
-    needed = arguments.batches * arguments.rows * (arguments.length + 1)
+    longest = model.config.max_position_embeddings
+    length = min(4096, longest) if arguments.length is None else arguments.length
+    if arguments.batches < 1 or arguments.rows < 1 or not 1 <= length <= longest:
+        raise UserError(f"--batches and --rows must be at least 1, --length within 1..{longest}, the positions of this model")
+    needed = arguments.batches * arguments.rows * (length + 1)
     tokens: list[int] = []
     for document in Corpus(config["data"]["corpus"], heldout_fraction=config["data"]["heldout_fraction"]).documents("heldout"):
         tokens += model.tokenizer.encode(document.text)
@@ -200,7 +204,7 @@ def main() -> None:
             break
     if len(tokens) < needed:  # the same text twice would pass for less spread than there is
         raise UserError(f"the held-out text has {len(tokens)} tokens, and {needed} are asked for: lower --batches, --rows or --length")
-    batches = np.array(tokens[:needed], np.int32).reshape(arguments.batches, arguments.rows, arguments.length + 1)
+    batches = np.array(tokens[:needed], np.int32).reshape(arguments.batches, arguments.rows, length + 1)
     operands = operands_of(Decoder(model.config, BF16, remat="layer"))
     result = study(operands(model.params, {"tokens": jnp.asarray(batch)}) for batch in batches)
     if arguments.output:
