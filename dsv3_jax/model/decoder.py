@@ -29,7 +29,7 @@ _REMAT_POLICIES = {
     # Where there is room: queries, keys, values and SwiGLU's outputs (in bf16) are kept as well.
     "norms": jax.checkpoint_policies.save_only_these_names(*_KEPT, "qkv", "hidden"),
 }
-_UNROLLED = 8  # stacks of at most so many layers are compiled layer by layer
+_UNROLLED = 8  # stacks of at most so many layers are trained layer by layer
 
 
 class Output(NamedTuple):
@@ -129,11 +129,25 @@ class Decoder:
         run = self.rematerialised(lambda x_BSD, params: module.bind(self.modules[name], params)(x_BSD, where), prevent_cse=not looped)
         return run(x_BSD, params)
 
-    def _run_stack(self, name, stacked, x_BSD, where):
-        # What a loop keeps for the backward pass is copied into stacks and out of them; few layers run faster one after the other, where
-        # the time of compiling them is well spent (not in float32, on a CPU).
-        unroll = self._makers[name][1] <= _UNROLLED and self.recipe.compute_dtype == jnp.bfloat16
-        return jax.lax.scan(lambda x_BSD, params: self.layer(name, params, x_BSD, where, looped=not unroll), x_BSD, stacked, unroll=unroll)
+    def layers(self, params: dict) -> dict:
+        """The parameters as training takes them: in place of a stack of few layers a list of them, which run one after the other.
+
+        A loop's weights are copied out of their stacks, and what it keeps for the backward pass is copied into stacks and out of them. The
+        time of compiling few layers one by one is well spent (not in float32, on a CPU).
+        """
+        if self.recipe.compute_dtype != jnp.bfloat16:
+            return params
+        few = {name: count for name, (_, count) in self._makers.items() if count is not None and count <= _UNROLLED}
+        return {name: _unstacked(leaf, few[name]) if name in few else leaf for name, leaf in params.items()}
+
+    def _run_stack(self, name, stack, x_BSD, where):
+        if not isinstance(stack, list):
+            return jax.lax.scan(lambda x_BSD, params: self.layer(name, params, x_BSD, where, looped=True), x_BSD, stack)
+        layer, stats = jax.jit(functools.partial(self.layer, name)), []  # traced once for all layers
+        for params in stack:
+            x_BSD, of_layer = layer(params, x_BSD, where)
+            stats.append(of_layer)
+        return x_BSD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
 
     def rematerialised(self, function, *, prevent_cse=False):
         """The function as its backward pass sees it: what `remat` does not keep is computed again."""
@@ -222,3 +236,10 @@ class Decoder:
         positions_B = positions_BS[jnp.arange(len(column_B)), column_B]
         normed_B1D, pages = mtp.decode(hidden_BSD, embedding_BSD, column_B, positions_B, where, cache)
         return normed_B1D, {**caches, "mtp": pages[None]}
+
+
+def _unstacked(stack: dict, count: int) -> list[dict]:
+    """The layers of a stack. Their gradients are put together again in one pass."""
+    leaves, structure = jax.tree.flatten(stack)
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts)]

@@ -3,7 +3,7 @@
 A module says what its weights are (shape, logical axes, initial values) and what it computes. Parameters live outside, as a pure
 nested dict of arrays that goes through `jax.jit`, `lax.scan` and checkpoints; `bind` puts such a dict into a copy of a module.
 Beside a weight `name` the dict may hold `name_scale` (the weight is then float8_e4m3fn with 128x128 block scales), and for a training
-step `name_fp8`, `name_overflow` (dsv3_jax.precision.weights) and `name_tap` (dsv3_jax.precision.tap).
+step `name_form`, `name_overflow` (dsv3_jax.precision.weights) and `name_tap` (dsv3_jax.precision.tap).
 """
 
 from collections.abc import Callable, Mapping
@@ -35,9 +35,9 @@ class Module(nnx.Module):
         return swiglu_linear(gate_up, self._weight(name), group_sizes_E, row_weights, recipe=self.recipe, **self._options(name))
 
     def _weight(self, name: str) -> Weight:
-        w, scale, fp8 = getattr(self, name)[...], getattr(self, name + "_scale", None), getattr(self, name + "_fp8", None)
-        if fp8 is not None:
-            return fp8._replace(master=w)
+        w, scale, form = getattr(self, name)[...], getattr(self, name + "_scale", None), getattr(self, name + "_form", None)
+        if form is not None:
+            return form._replace(master=w)
         return w if scale is None else Quantized.blocks(w, scale[...])
 
     def _options(self, name: str) -> dict:
@@ -95,7 +95,7 @@ def _assign(module, params):
         if isinstance(variable, nnx.Variable) and name not in params:
             raise KeyError(f"missing parameter {name!r} of {type(module).__name__}")
     for name, value in params.items():
-        if name.endswith(("_tap", "_fp8", "_overflow")):
+        if name.endswith(("_tap", "_form", "_overflow")):
             setattr(module, name, nnx.data(value))
         elif isinstance(value, Mapping):
             _assign(getattr(module, name), value)

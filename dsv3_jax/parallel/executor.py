@@ -24,7 +24,7 @@ from dsv3_jax.parallel.schedule import Schedule
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.spread import gather, reduce
 from dsv3_jax.parallel.stage import Layer, Program, Stage, Weights
-from dsv3_jax.precision import attach, detach, is_counter, overflow_counters, quantize_params
+from dsv3_jax.precision import attach, detach, forms, is_counter, overflow_counters
 
 
 class Result(NamedTuple):
@@ -72,9 +72,9 @@ def value_and_grad(
     def on_device(params, microbatches, balance_weight, arguments):
         index, recipe = lax.axis_index("pipe"), decoder.recipe
         shared = jax.tree.map(gather, _shared(params), split_shared)
-        fp8 = quantize_params(shared, recipe)  # once a step, not once a microbatch
+        made = forms(shared, recipe)  # once a step, not once a microbatch
         shared = attach(shared, overflow_counters(shared, recipe))
-        stacks = {name: weights if recipe.fp8 else weights.for_products(recipe) for name, weights in _stacks(params).items()}
+        stacks = {name: weights.for_travel(recipe) for name, weights in _stacks(params).items()}
         programs, stages = {}, []
         for slots, row in zip(chunks, placement.to_rank(stacks, split_stacks, chunks, index)):
             layers = []
@@ -85,7 +85,7 @@ def value_and_grad(
                 present = True if placement.NONE not in slot.layers else jnp.array(slot.layers)[index] != placement.NONE
                 layers.append(Layer(programs[slot.stack], weights.for_products(recipe), present))
             stages.append(Stage(tuple(layers)))
-        objective = Objective(output_loss, fp8, arguments, balance_weight)
+        objective = Objective(output_loss, made, arguments, balance_weight)
         sums = Rank(decoder, make_table(schedule), index, tuple(stages), shared, microbatches, objective).run()
 
         replicas = sharding.mesh_axes(sharding.BATCH, sizes)

@@ -30,11 +30,11 @@ OutputLoss = Callable[[dict, jax.Array, dict, Any, str | None], tuple[jax.Array,
 
 
 class Objective(NamedTuple):
-    """The loss of a microbatch: the output loss plus balance_weight times the balance loss of each MoE layer. fp8: of the parameters
-    outside the stacks, as `quantize_params` gives it."""
+    """The loss of a microbatch: the output loss plus balance_weight times the balance loss of each MoE layer. forms: of the parameters
+    outside the stacks, as `precision.forms` gives them."""
 
     output_loss: OutputLoss
-    fp8: dict
+    forms: dict
     arguments: Any
     balance_weight: jax.Array
 
@@ -302,7 +302,7 @@ class Rank:
         return dy_BSD, sums._replace(loss=loss, terms=terms, shared=shared, fill=fill)
 
     def _output_loss(self, shared, hidden_BSD, batch, axis=None):
-        return self.objective.output_loss(attach(shared, self.objective.fp8), hidden_BSD, batch, self.objective.arguments, axis)
+        return self.objective.output_loss(attach(shared, self.objective.forms), hidden_BSD, batch, self.objective.arguments, axis)
 
     # Batches.
 

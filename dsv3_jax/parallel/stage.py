@@ -15,12 +15,12 @@ from jax import lax
 from dsv3_jax.model import Decoder, module
 from dsv3_jax.model.attention import Positions
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.precision import FP8_WEIGHTS, Tap, attach, overflow_counters, quantize_params, weight_gradient
+from dsv3_jax.precision import FP8_WEIGHTS, Recipe, Tap, attach, forms, overflow_counters, weight_gradient
 
 
 class Weights(NamedTuple):
     """A layer's parameters (or a stack's, or their gradients). small: norms and router, the float32 masters, and in FP8 recipes
-    `overflow_counters`; large: the weights of FP8_WEIGHTS, in the compute dtype or as FP8 forms."""
+    `overflow_counters`; large: the weights of FP8_WEIGHTS, masters or their `forms`."""
 
     small: dict
     large: dict
@@ -30,11 +30,14 @@ class Weights(NamedTuple):
         """Split masters."""
         return cls(_select(params, lambda name: name not in FP8_WEIGHTS), _select(params, lambda name: name in FP8_WEIGHTS))
 
-    def for_products(self, recipe) -> "Weights":
+    def for_products(self, recipe: Recipe) -> "Weights":
         """Masters as products read them."""
-        if recipe.fp8:
-            return Weights(attach(self.small, overflow_counters(self.large, recipe)), quantize_params(self.large, recipe))
-        return self._replace(large=jax.tree.map(lambda w: w.astype(recipe.compute_dtype), self.large))
+        return Weights(attach(self.small, overflow_counters(self.large, recipe)), forms(self.large, recipe))
+
+    def for_travel(self, recipe: Recipe) -> "Weights":
+        """Masters as they are brought to where `for_products` is called: in no more bytes than it needs. FP8 takes whole blocks of them."""
+        cast = lambda w: w if recipe.fp8 else w.astype(recipe.compute_dtype)  # noqa: E731
+        return self._replace(large=jax.tree.map(cast, self.large))
 
 
 class Stash(NamedTuple):
@@ -96,10 +99,9 @@ class Program:
 
     def _run(self, small, large, taps, x_BSD, where) -> tuple[jax.Array, RouterStats, jax.Array]:
         """(output, statistics, group sizes)"""
-        params = attach(small, large, taps)
-        if self.decoder.recipe.fp8:  # the products read the FP8 forms, which carry no shape of their masters: these are never read
-            params = attach(params, _rename(self.shapes, "", lambda _, shape: jnp.zeros(shape.shape, self.decoder.recipe.compute_dtype)))
-        layer = module.bind(self.decoder.modules[self.stack], params)
+        # Products read the forms, and of their masters, which take no gradient here either, no more than the shapes.
+        masters = _rename(self.shapes, "", lambda _, shape: jnp.zeros(shape.shape, self.decoder.recipe.compute_dtype))
+        layer = module.bind(self.decoder.modules[self.stack], attach(small, large, taps, masters))
         if self.stack == "dense_layers":
             return *layer(x_BSD, where), jnp.zeros((0,), jnp.int32)
         seen, exchange = [], layer.mlp.exchange

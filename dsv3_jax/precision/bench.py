@@ -26,7 +26,7 @@ from dsv3_jax.config import ModelConfig, TrainConfig
 from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import combine, dispatch
 from dsv3_jax.parallel import profiles
-from dsv3_jax.precision import attach, check_devices, quantize_params
+from dsv3_jax.precision import attach, check_devices, forms
 from dsv3_jax.precision import recipe as named_recipe
 
 WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}  # kernels in CUDA graphs do not carry the names of their operations
@@ -73,12 +73,12 @@ def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
         made = [jnp.ones(s.shape) if s.ndim == 1 else 0.02 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)]
         return jax.tree.unflatten(structure, made)
 
-    def gradients(layers, fp8, x_BSD, d_x_BSD):
+    def gradients(layers, made, x_BSD, d_x_BSD):
         where = decoder.positions(jnp.zeros(x_BSD.shape[:2], jnp.int32))
 
         def objective(layers):
             x = x_BSD
-            for params, form in zip(layers, fp8):
+            for params, form in zip(layers, made):
                 x, _ = decoder.layer("moe_layers", attach(params, form), x, where)
             return jnp.sum((x * d_x_BSD).astype(jnp.float32))
 
@@ -86,10 +86,10 @@ def card_share(config: ModelConfig, precision: str, num_sms: int | None = None):
 
     def arguments(length):
         layers = [jax.jit(parameters)(key) for key in jax.random.split(jax.random.key(0), LAYERS)]
-        quantise = jax.jit(lambda params: quantize_params(params, numerics))
+        once_a_step = jax.jit(lambda params: forms(params, numerics))
         shape = (1, length, config.hidden_size)
         x, d_x = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(1)))
-        return layers, [quantise(params) for params in layers], x, d_x
+        return layers, [once_a_step(params) for params in layers], x, d_x
 
     return jax.jit(gradients), arguments
 
@@ -147,9 +147,8 @@ def v3_layers(arguments) -> None:
         print(f"{label:20s}{took * 1e3:9.1f}{LAYERS * V3_FLOP / took / 1e12:9.0f}{classes}", flush=True)
         if arguments.profile:
             print_profile(milliseconds)
-    if numerics.fp8:
-        quantise = jax.jit(lambda layers: [quantize_params(params, numerics) for params in layers])
-        print(f"quantising the weights, once a step: {seconds(quantise, operands[0]) * 1e3:.2f} ms")
+    once_a_step = jax.jit(lambda layers: [forms(params, numerics) for params in layers])
+    print(f"the weights as products read them, once a step: {seconds(once_a_step, operands[0]) * 1e3:.2f} ms")
 
 
 def lowered_step(config: TrainConfig):

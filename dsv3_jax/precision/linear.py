@@ -2,7 +2,8 @@
 
 Weights lie [out, in], as in Hugging Face checkpoints and in the kernels' `b [N, K]`; leading axes are parts of the output ([2, F, D]:
 gate and up). A weight is a float32 master, cast or quantised where it is used, whose gradient comes out in float32, never rounded to the
-compute dtype; or `Quantized` blocks, as FP8 checkpoints have it, which is frozen; or an `FP8Weight`, a master with its FP8 form at hand.
+compute dtype; or `Quantized` blocks, as FP8 checkpoints have it, which is frozen; or a master with what products read of it at hand, a
+`CastWeight` or an `FP8Weight`.
 """
 
 import functools
@@ -17,10 +18,10 @@ from dsv3_jax.precision.grouped import grouped_matmul
 from dsv3_jax.precision.products import einsum
 from dsv3_jax.precision.recipe import FLOAT32, Recipe, Scales
 from dsv3_jax.precision.tap import Tap, given, weight_gradient
-from dsv3_jax.precision.weights import FP8Weight, dense
+from dsv3_jax.precision.weights import CastWeight, FP8Weight
 from pallas_kernels import Quantized, quantize_blocks, swiglu_gradient
 
-Weight = jax.Array | Quantized | FP8Weight
+Weight = jax.Array | Quantized | CastWeight | FP8Weight
 _FLOAT_SCALES = Scales()
 
 
@@ -106,8 +107,8 @@ def _linear(x_TK, w, group_sizes_E, tap, recipe, scales, overflow, out_dtype):
         if not isinstance(x_TK, fp8.Activation):
             x_TK = fp8.quantise(x_TK.astype(recipe.compute_dtype), recipe, scales.input)
         return fp8.product(spec, x_TK, fp8_weight, group_sizes_E, tap, overflow)
-    x_TK = _operand(x_TK, recipe)
-    return _product(x_TK, dense(w, recipe.compute_dtype), group_sizes_E, tap, recipe, out_dtype)
+    w = w if isinstance(w, CastWeight) else CastWeight.of(w, recipe.compute_dtype)
+    return _product(_operand(x_TK, recipe), w, group_sizes_E, tap, recipe, out_dtype, _shape(w.master))
 
 
 def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
@@ -119,8 +120,12 @@ def _fp8_operands(w, group_sizes_E, recipe, scales, out_dtype):
         w = FP8Weight.of(w, parts)
     elif not isinstance(w, FP8Weight):
         w = FP8Weight.of(quantize_blocks(jax.lax.stop_gradient(w)), parts)._replace(master=w)
-    master = None if w.master is None else jax.ShapeDtypeStruct(w.master.shape, w.master.dtype)
-    return fp8.Product(recipe, scales, parts, width, master, out_dtype), w
+    return fp8.Product(recipe, scales, parts, width, _shape(w.master), out_dtype), w
+
+
+def _shape(master):
+    """Static, so that a product need not keep the array for its backward pass."""
+    return None if master is None else jax.ShapeDtypeStruct(master.shape, master.dtype)
 
 
 def _operand(x, recipe):
@@ -140,23 +145,26 @@ def _multiply(x_TK, w, group_sizes_E, recipe, out_dtype, *, transposed=True):
         return grouped_matmul(x_TK, w, group_sizes_E, recipe, transposed=transposed).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _product(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
-    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _product(x_TK, w, group_sizes_E, tap, recipe, out_dtype, master):
+    return _multiply(x_TK, w.values, group_sizes_E, recipe, out_dtype)
 
 
-def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype):
-    return _multiply(x_TK, w, group_sizes_E, recipe, out_dtype), (x_TK, w, group_sizes_E, given(tap))
+def _product_fwd(x_TK, w, group_sizes_E, tap, recipe, out_dtype, master):
+    return _multiply(x_TK, w.values, group_sizes_E, recipe, out_dtype), (x_TK, w.values, group_sizes_E, given(tap))
 
 
-def _product_bwd(recipe, out_dtype, saved, dy_TN):
+def _product_bwd(recipe, out_dtype, master, saved, dy_TN):
     x_TK, w, group_sizes_E, tapped = saved
     dy_TN = dy_TN.astype(recipe.compute_dtype)
     dx_TK = _multiply(dy_TN, w, group_sizes_E, recipe, x_TK.dtype, transposed=False)
     stash = Tap(x_TK if tapped is None else x_TK.astype(recipe.compute_dtype), dy_TN)
+    if master is None:
+        return dx_TK, None, None, None if tapped is None else stash
     if tapped is not None:
-        return dx_TK, jnp.zeros_like(w), None, stash
-    return dx_TK, weight_gradient(stash, w.shape, group_sizes_E, recipe).astype(w.dtype), None, None
+        return dx_TK, CastWeight(None, jnp.zeros(master.shape, master.dtype)), None, stash
+    dw = weight_gradient(stash, master.shape, group_sizes_E, recipe).astype(master.dtype)
+    return dx_TK, CastWeight(None, dw), None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)

@@ -1,10 +1,10 @@
-"""FP8 forms of weights, beside or instead of their float32 masters in the parameter dict.
+"""What products read of weights, beside or instead of their float32 masters in the parameter dict.
 
 Stored: `name` [..., N, K] float8_e4m3fn and `name_scale` float32 [..., ceil(N/128), ceil(K/128)], value = code · scale, as released
 checkpoints have them (`weight`, `weight_scale_inv`). Nothing else is kept of such a weight: it is frozen.
 
-Trained: `name` is the float32 master, and `name_fp8` (an `FP8Weight`), made from it once a step by `quantize_params` and attached for
-that step, is what its products read. The gradient goes to the master as if there were no quantisation.
+Trained: `name` is the float32 master, and `name_form` (a `CastWeight`, or in FP8 products an `FP8Weight`), made from it once a step by
+`forms` and attached for that step, is what its products read. The gradient goes to the master as if nothing had been rounded.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,20 @@ import jax.numpy as jnp
 from dsv3_jax.precision.recipe import FP8_WEIGHTS, Recipe
 from pallas_kernels import Quantized, quantize_blocks
 
-SCALE, FP8_FORM, OVERFLOW = "_scale", "_fp8", "_overflow"
+SCALE, FORM, OVERFLOW = "_scale", "_form", "_overflow"
 _BLOCK = 128
+
+
+class CastWeight(NamedTuple):
+    """A weight as unquantised products read it: values [..., N, K]. master: the weight that takes the gradient, if one does."""
+
+    values: jax.Array
+    master: jax.Array | None = None
+
+    @classmethod
+    def of(cls, w: jax.Array | Quantized, dtype: Any) -> "CastWeight":
+        """From an array, its own master; from FP8 blocks, frozen: code · scale (in float32) in `dtype`."""
+        return cls(w.dequantize(dtype)) if isinstance(w, Quantized) else cls(w, w)
 
 
 class FP8Weight(NamedTuple):
@@ -45,28 +57,23 @@ class FP8Weight(NamedTuple):
         return cls(Quantized.blocks(values, scales), Quantized.blocks(swap(values), swap(scales)))
 
 
-def dense(w: jax.Array | Quantized, dtype: Any) -> jax.Array:
-    """The weight as an unquantised product takes it: a master as it is, FP8 blocks as code · scale (in float32) in `dtype`, frozen."""
-    return jax.lax.stop_gradient(w.dequantize(dtype)) if isinstance(w, Quantized) else w
-
-
-def quantize_params(params: Mapping, recipe: Recipe) -> dict:
-    """What to `attach` to the parameters of a step: the FP8 form of every float32 weight that the recipe computes in FP8.
+def forms(params: Mapping, recipe: Recipe) -> dict:
+    """What to `attach` to the parameters of a step: every float32 weight of FP8_WEIGHTS as the recipe's products read it.
 
     To be called once a step, outside of the loop over microbatches and of the function that is differentiated:
 
-        fp8 = quantize_params(params, recipe)
-        gradient = jax.grad(lambda params, batch: loss(attach(params, fp8), batch))
-
-    Empty for recipes without FP8.
+        forms = precision.forms(params, recipe)
+        gradient = jax.grad(lambda params, batch: loss(attach(params, forms), batch))
     """
 
     def form(name, w):
+        if not recipe.fp8:
+            return {name + FORM: CastWeight(w.astype(recipe.compute_dtype))}
         parts = w.shape[-3] if name == "gate_up_proj" else 1
         q = jax.lax.optimization_barrier(quantize_blocks(w))  # or XLA transposes what codes are made from, of four bytes, not the codes
-        return {name + FP8_FORM: FP8Weight.of(q, parts)}
+        return {name + FORM: FP8Weight.of(q, parts)}
 
-    return _select(params, form) if recipe.fp8 else {}
+    return _select(params, form)
 
 
 def overflow_counters(params: Mapping, recipe: Recipe) -> dict:
@@ -87,11 +94,14 @@ def is_counter(name: str) -> bool:
 
 
 def attach(params: Mapping, *extras: Mapping) -> dict:
-    """The parameter dict with the leaves of the others added to its sub-dicts."""
+    """The parameter dict with the leaves of the others added to its sub-dicts, and to those of its lists of layers."""
     merged = dict(params)
     for extra in extras:
         for name, leaf in extra.items():
-            merged[name] = attach(merged.get(name, {}), leaf) if isinstance(leaf, Mapping) else leaf
+            if isinstance(leaf, list):
+                merged[name] = [attach(*layers) for layers in zip(merged[name], leaf, strict=True)]
+            else:
+                merged[name] = attach(merged.get(name, {}), leaf) if isinstance(leaf, Mapping) else leaf
     return merged
 
 
@@ -156,10 +166,12 @@ def _convert(tree: Mapping, convert: Callable[[str, Any], dict]) -> dict:
 
 
 def _select(tree: Mapping, entries: Callable[[str, Any], dict]) -> dict:
-    """Only what `entries(name, leaf)` gives for the FP8 weights that have masters, in their sub-dicts."""
+    """Only what `entries(name, leaf)` gives for the weights of FP8_WEIGHTS that have masters, in their sub-dicts."""
     made = {}
     for name, leaf in tree.items():
-        if isinstance(leaf, Mapping):
+        if isinstance(leaf, list):
+            made[name] = [_select(layer, entries) for layer in leaf]
+        elif isinstance(leaf, Mapping):
             if inner := _select(leaf, entries):
                 made[name] = inner
         elif name in FP8_WEIGHTS and name + SCALE not in tree:

@@ -16,7 +16,7 @@ from dsv3_jax.parallel import buffers, exchange, placement, sharding
 from dsv3_jax.parallel import mesh as meshes
 from dsv3_jax.parallel.schedule_table import make_table
 from dsv3_jax.parallel.stage import Program, Weights
-from dsv3_jax.precision import quantize_params, recipe
+from dsv3_jax.precision import forms, recipe
 from dsv3_jax.training import loss, pipeline, router_bias, schedules
 
 COMPUTING = "what is computed with at one time, about"
@@ -63,9 +63,10 @@ def bytes_a_device(config: TrainConfig, sizes: dict[str, int]) -> dict[str, int]
     if sizes["pipe"] > 1:
         return kinds | _of_pipeline(config, sizes, decoder)
     large, small = (lambda tree: Weights.of(tree).large), (lambda tree: Weights.of(tree).small)
-    if math.prod(sizes.values()) > 1:  # FP8 forms are made of whole masters at once, other products convert them in each microbatch
-        kinds["weights of a step, float32"] = 4 * elements(small if decoder.recipe.fp8 else everything, working)
-    if decoder.recipe.compute_dtype != jnp.float32:  # FP8 forms: values that are read in either direction
+    exact = decoder.recipe.compute_dtype == jnp.float32
+    if math.prod(sizes.values()) > 1:  # what is made of whole masters at once takes their place
+        kinds["weights of a step, float32"] = 4 * elements(everything if exact else small, working)
+    if not exact:  # in bfloat16, or FP8 values that are read in either direction
         kinds["weights of a step, as products read them"] = 2 * elements(large, working)
     kinds["gradients, float32"] = 4 * elements(trained, working)
     return kinds | _of_layers(config, sizes, decoder)
@@ -171,13 +172,13 @@ def _of_pipeline(config: TrainConfig, sizes: dict[str, int], decoder: Decoder) -
         return _bytes(outside) - _bytes(experts) + _bytes(experts) // parts
 
     outside = {name: leaf for name, leaf in shapes.items() if name not in placement.STACKS}
-    shared, fp8 = on_device(outside), on_device(jax.eval_shape(lambda outside: quantize_params(outside, decoder.recipe), outside))
+    shared, made = on_device(outside), on_device(jax.eval_shape(lambda outside: forms(outside, decoder.recipe), outside))
     # The output loss's own gradients, and the MTP module; each rank has its part of the rows where they divide.
     last, part = layers[stacks[-1]], 1 if x_BSD.shape[0] % sizes["pipe"] else sizes["pipe"]
     mtp = config.model.num_nextn_predict_layers * (last.kept + last.again + last.stash) // part
     of_loss = shared + mtp + _logits(config, x_BSD, decoder) // sizes["pipe"]
     return {
-        "weights of a step, as products read them": sum(of_chunk(slots, "weights") for slots in chunks) + shared + fp8,
+        "weights of a step, as products read them": sum(of_chunk(slots, "weights") for slots in chunks) + shared + made,
         "gradients, float32": sum(of_chunk(slots, "masters") for slots in chunks) + shared,
         "activations kept for the backward": pooled("kept") * table.residual_slots,
         "outputs and gradients that wait": (sum(table.forward_slots) + sum(table.backward_slots) + 2) * _bytes(x_BSD),

@@ -105,7 +105,7 @@ def after_layers(
 
 def next_token_loss(decoder: Decoder, params: dict, batch: dict) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """((summed −log p of the next tokens in nats, how many there are), fill), float32: evaluation, without the MTP module."""
-    target = targets(batch, 1)
+    target, params = targets(batch, 1), decoder.layers(params)
     hidden_BSD, stats = decoder(params, batch["tokens"][:, :-1], *_where(batch))
     loss = cross_entropy(decoder, params, decoder.final_norm(params, hidden_BSD), target)
     return (loss, jnp.sum(target.weights_BS)), jnp.max(stats.fill)

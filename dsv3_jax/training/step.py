@@ -17,7 +17,7 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.parallel import buffers
 from dsv3_jax.parallel.mesh import make, num_expert_parts
 from dsv3_jax.parallel.spread import Spread
-from dsv3_jax.precision import attach, overflow_counters, quantize_params
+from dsv3_jax.precision import attach, forms, overflow_counters
 from dsv3_jax.training import loss, optimizer, pipeline, router_bias
 from dsv3_jax.training.schedules import Scheduled
 
@@ -144,13 +144,13 @@ class Trainer:
     ) -> tuple[Any, jax.Array, dict]:
         """Float32 gradients of one device's loss, the loss and its terms, accumulated over `count` microbatches in float32."""
         over = jax.tree.map(lambda n: n / count, self.spread.mean(loss.num_targets(batch)))
-        fp8 = quantize_params(weights, decoder.recipe)  # once a step, not once a microbatch
+        made = forms(decoder.layers(weights), decoder.recipe)  # once a step, not once a microbatch
         counters = overflow_counters(weights, decoder.recipe)
 
         def loss_of(weights, counters, microbatch):
             return loss.loss_and_terms(
                 decoder,
-                attach(weights, biases, fp8, counters),
+                attach(decoder.layers(attach(weights, biases, counters)), made),
                 microbatch,
                 mtp_loss_weight=scheduled.mtp_loss_weight,
                 balance_loss_weight=self.config.optimizer.balance_loss_weight,

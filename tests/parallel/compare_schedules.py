@@ -37,7 +37,7 @@ from dsv3_jax.model import Decoder
 from dsv3_jax.model.moe import exchange_locally
 from dsv3_jax.parallel import exchange, placement, schedule
 from dsv3_jax.parallel import mesh as meshes
-from dsv3_jax.precision import attach, quantize_params, recipe
+from dsv3_jax.precision import attach, forms, recipe
 from dsv3_jax.training import loss
 from dsv3_jax.training.pipeline import pipeline_value_and_grad
 
@@ -99,10 +99,11 @@ def on_one_device(precision: str, layers: int, count: int):
     decoder = Decoder(model(layers, 16), _recipe(precision))
     params = parameters(decoder)
     over = jax.tree.map(lambda n: n / count, loss.num_targets(batch()))
-    fp8 = jax.jit(lambda params: quantize_params(params, decoder.recipe))(params)  # once a step, as in training
+    # FP8 forms once a step, as in training; other weights are cast where they are used, which training does not do.
+    made = jax.jit(lambda params: forms(params, decoder.recipe))(params) if decoder.recipe.fp8 else {}
 
     def loss_of(params, part):
-        return loss.loss_and_terms(decoder, attach(params, fp8), part, over=over, **WEIGHTS)
+        return loss.loss_and_terms(decoder, attach(params, made), part, over=over, **WEIGHTS)
 
     gradient_of = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     parts = [jax.device_get(gradient_of(params, {name: leaf[i::count] for name, leaf in batch().items()})) for i in range(count)]

@@ -97,7 +97,7 @@ def test_kept_for_the_backward_pass_is_what_the_table_says(buffers):
     layers, others = Counter(), Counter()
     for dtype, size, scope, readers in buffers:
         if size >= LARGE and size % 7 == 0 and not is_backward(scope) and any(map(is_backward, readers)):
-            (layers if "/while/body/" in scope else others)[dtype, size // TOKENS] += 1
+            (layers if "jit(layer)" in scope else others)[dtype, size // TOKENS] += 1
     c = MODEL
     assert layers == {
         ("bf16", c.hidden_size): 3,  # the residual stream after attention, and between the layers

@@ -17,7 +17,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.precision import FLOAT32, FP8, FP8_REFERENCE, attach, overflow_counters, quantize_params
+from dsv3_jax.precision import FLOAT32, FP8, FP8_REFERENCE, attach, forms, overflow_counters
 from dsv3_jax.training.loss import loss_and_terms
 from tests import draw
 
@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_as_near_to_float32_as_the_reference_s():
             return loss_and_terms(decoder, attach(params, fp8, counters), {"tokens": tokens}, **weights)
 
         def gradients(params):
-            fp8 = quantize_params(params, recipe)
+            fp8 = forms(params, recipe)
             return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, overflow_counters(params, recipe), fp8)
 
         compiled = jax.jit(gradients).lower(params).compile()

@@ -13,7 +13,7 @@ import pytest
 import dsv3_jax
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.precision import BF16, FP8, FP8_REFERENCE, FP8_WEIGHTS, Tap, attach, overflow_counters, quantize_params
+from dsv3_jax.precision import BF16, FP8, FP8_REFERENCE, FP8_WEIGHTS, Tap, attach, forms, overflow_counters
 from dsv3_jax.training.loss import loss_and_terms
 from tests import draw
 
@@ -76,7 +76,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def fp8(params):
-    return jax.jit(lambda params: quantize_params(params, FP8_REFERENCE))(params)
+    return jax.jit(lambda params: forms(params, FP8_REFERENCE))(params)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_kept_for_the_backward_pass_is_what_the_table_says(recipe):
     """Of a layer: e4m3 (as uint8), the attention output, the two small latents and the residual stream; nothing else in bf16 or wide."""
 
     def residuals(params):
-        fp8 = jax.lax.stop_gradient(quantize_params(params, recipe))
+        fp8 = jax.lax.stop_gradient(forms(params, recipe))
         return jax.vjp(lambda params: loss(recipe, params, (fp8,))[0], params)[1]
 
     kept = Counter()
@@ -184,7 +184,7 @@ def test_no_bf16_copy_of_an_fp8_weight_anywhere_in_the_step(recipe):
                 if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
                     walk(inner)
 
-    walk(jax.make_jaxpr(lambda params: gradients(params, quantize_params(params, recipe), recipe))(PARAMS).jaxpr)
+    walk(jax.make_jaxpr(lambda params: gradients(params, forms(params, recipe), recipe))(PARAMS).jaxpr)
     assert seen[jnp.dtype(jnp.float8_e4m3fn)] and seen[jnp.dtype(jnp.float32)]  # the walk finds weights
     assert not seen[jnp.dtype(jnp.bfloat16)]
 

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import Decoder
-from dsv3_jax.precision import FP8_WEIGHTS, dense, fp8_axes, from_fp8, linear, to_fp8
+from dsv3_jax.precision import FP8_WEIGHTS, fp8_axes, from_fp8, linear, to_fp8
 from pallas_kernels import Quantized
 from tests import draw
 
@@ -96,6 +96,6 @@ def test_a_weight_kept_in_fp8_is_frozen(stored):
 
     codes, scales = attention["kv_a_proj_with_mqa"], attention["kv_a_proj_with_mqa_scale"]
     dx, d_scales = jax.jit(jax.grad(loss, argnums=(0, 2)))(x, codes, scales)
-    w = np.asarray(jax.jit(lambda codes, scales: dense(Quantized.blocks(codes, scales), jnp.float32))(codes, scales))
+    w = np.asarray(jax.jit(lambda codes, scales: Quantized.blocks(codes, scales).dequantize(jnp.float32))(codes, scales))
     np.testing.assert_allclose(dx, 2 * (x @ w.T) @ w, rtol=1e-4, atol=1e-3)
     assert not np.any(d_scales)
