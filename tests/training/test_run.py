@@ -26,18 +26,30 @@ MODELS = Path(__file__).parents[1] / "data" / "models"
 
 @pytest.fixture(scope="module")
 def config(micro_config):
-    """Six steps on eight devices, of 8 rows and then 16, with a moving average."""
+    """Six steps on eight devices, of 8 rows and then 16, with a moving average; a dense layer, and the MTP module, which is a MoE layer.
+
+    One of each is enough: to a run all weights are alike. Those of tests/test_train_command.py have MoE layers beside the module.
+    """
     base = micro_config(keep_checkpoints=10, mesh="data=8", batch_size=16, batch_ramp_from=8, batch_ramp_end=0.3)
-    return dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, ema_decay=0.9))
+    model = dataclasses.replace(base.model, num_hidden_layers=1)
+    return dataclasses.replace(base, model=model, optimizer=dataclasses.replace(base.optimizer, ema_decay=0.9))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_trainer():
-    """Runs of the same steps trace and load them once: in processes of their own they do not (tests/test_train_command.py)."""
+    """Runs of the same steps trace and load them once: in processes of their own they do not (tests/test_train_command.py).
+
+    What is put in the place of a run's own settings is no part of its program: a step is told its learning rate, and gets its rows.
+    """
     made = functools.cache(Trainer)
-    where = {"workdir": "anywhere", "resume": "auto", "init_from": None}
+    others = {"workdir": "anywhere", "resume": "auto", "init_from": None, "max_bad_steps": 3, "batch_ramp_from": None}
+
+    def trainer(decoder, run, mesh):
+        optimizer = dataclasses.replace(run.optimizer, learning_rate=1.0, warmup_steps=0)
+        return made(decoder, dataclasses.replace(run, optimizer=optimizer, **others), mesh)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Trainer", lambda decoder, config, mesh: made(decoder, dataclasses.replace(config, **where), mesh))
+        patch.setattr(loop, "Trainer", trainer)
         yield
 
 
@@ -80,7 +92,7 @@ def test_what_a_run_leaves(whole, config):
     assert steps[-1]["main"] < steps[0]["main"] == pytest.approx(np.log(300), rel=0.05)  # fresh weights know nothing
     assert steps[0]["tokens"] == 8 * 32 and steps[-1]["tokens"] - steps[-2]["tokens"] == 16 * 32  # the batch ramp
     [held_out, final] = [line for line in lines(folder) if "heldout_loss" in line]
-    assert held_out["step"] == 3 and np.shape(held_out["load"]) == (2, 8)
+    assert held_out["step"] == 3 and np.shape(held_out["load"]) == (1, 8)
     # Bits per byte are the nats of all held-out tokens over the bytes of the documents.
     assert final["heldout_bits_per_byte"] == result.heldout_bits_per_byte
     tokens = result.prepared.heldout.tokens - result.prepared.heldout.documents  # each but BOS
@@ -174,16 +186,20 @@ def test_init_from_takes_the_weights_alone(whole, config, tmp_path):
     assert run.step == run.row == run.state.adam.count == 0 and not np.any(run.state.adam.mu["embed"])
 
 
+@pytest.fixture(scope="module")
+def dequantised():
+    """(model, float32 parameters) of a checkpoint in FP8."""
+    return hub.load(MODELS / "tiny_e_fp8_mtp", weights="dequantised", dtype=np.float32)
+
+
 @pytest.mark.parametrize("source", ["hugging_face", "orbax"])
-def test_init_from_weights_in_fp8(source, tmp_path):
+def test_init_from_weights_in_fp8(source, dequantised, tmp_path):
     """Of a Hugging Face directory, and of the run that to-orbax makes of it: dequantised, in float32, where the masters lie."""
-    path = MODELS / "tiny_e_fp8_mtp"
-    model, _ = hub.config_json.read(path)
-    _, expected = hub.load(path, weights="dequantised", dtype=np.float32)
+    path, (model, expected) = MODELS / "tiny_e_fp8_mtp", dequantised
     if source == "orbax":
         to_orbax(path, tmp_path / "run")
         path = tmp_path / "run"
-    decoder, mesh = Decoder(model), meshes.make("data=2,expert=2", jax.devices()[:4])
+    decoder, mesh = Decoder(model), meshes.make("data=2", jax.devices()[:2])
     shardings = Trainer(decoder, TrainConfig(model=model), mesh).shardings.params
     params = loop._load_params(str(path), decoder, mesh, shardings)
     for found, wanted, sharding in zip(*map(jax.tree.leaves, (params, expected, shardings)), strict=True):

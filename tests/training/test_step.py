@@ -23,9 +23,10 @@ EXACT = {"xla_allow_excess_precision": False}  # or roundings to bfloat16 are le
 
 @pytest.fixture(scope="module")
 def setup(micro_model, micro_config):
-    """decoder, config, initial parameters, a batch of 8 rows of which a varying part is to be predicted."""
-    config = micro_config(optimizer=OptimizerConfig(ema_decay=0.9, moment_dtype="float32", clip_norm=0.5))
-    decoder = Decoder(micro_model)
+    """decoder (a MoE layer and the MTP module), config, initial parameters, a batch of 8 rows, a varying part of them to be predicted."""
+    model = dataclasses.replace(micro_model, num_hidden_layers=1, first_k_dense_replace=0)
+    config = micro_config(model=model, optimizer=OptimizerConfig(ema_decay=0.9, moment_dtype="float32", clip_norm=0.5))
+    decoder = Decoder(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, BAD_TOKEN, (8, 33)).astype(np.int32)
     mask = (np.arange(32) < rng.integers(4, 32, (8, 1))).astype(np.float32)
@@ -136,8 +137,9 @@ def test_non_finite_steps_change_nothing_and_are_counted(setup, whole):
 def test_an_fp8_overflow_is_counted_per_tensor_and_its_step_skipped(setup, count):
     """An infinite gain before a dense layer: its first product has one bad tile a token, in a whole batch as in two microbatches."""
     decoder, config, _, batch = setup
-    decoder = Decoder(dataclasses.replace(decoder.config, num_hidden_layers=1, num_nextn_predict_layers=0), FP8_REFERENCE)
-    trainer = Trainer(decoder, dataclasses.replace(config, microbatch_size=len(batch["tokens"]) // count))
+    decoder = Decoder(dataclasses.replace(decoder.config, first_k_dense_replace=1, num_nextn_predict_layers=0), FP8_REFERENCE)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(), microbatch_size=len(batch["tokens"]) // count)
+    trainer = Trainer(decoder, config)
     params, found = draw.parameters(decoder), []
     for gain in (1, np.inf):
         params["dense_layers"]["input_layernorm"][0, 3] = gain
@@ -151,13 +153,13 @@ def test_an_fp8_overflow_is_counted_per_tensor_and_its_step_skipped(setup, count
     [pytest.param(FP8_REFERENCE, marks=pytest.mark.slow), pytest.param(FP8, marks=pytest.mark.multi_gpu)],
     ids=lambda recipe: recipe.name,
 )
-def test_a_pipeline_counts_overflows_as_one_device_does(setup, recipe):
-    """Of the layers and of the MTP module, by weight."""
-    decoder, config, params, batch = setup
-    decoder = Decoder(decoder.config, recipe)
-    params = jax.tree.map(np.copy, params)
+def test_a_pipeline_counts_overflows_as_one_device_does(setup, micro_model, recipe):
+    """Of the layers, one for each rank, and of the MTP module, by weight."""
+    _, config, _, batch = setup
+    decoder = Decoder(micro_model, recipe)
+    params = draw.parameters(decoder)
     params["moe_layers"]["post_attention_layernorm"][0, 3] = np.inf
-    config, counts = dataclasses.replace(config, microbatch_size=1, pipeline_schedule="1f1b"), []
+    config, counts = dataclasses.replace(config, model=micro_model, microbatch_size=1, pipeline_schedule="1f1b"), []
     for sizes in ("data=1", "pipe=2"):
         mesh = meshes.make(sizes, jax.devices()[: 2 if "2" in sizes else 1])
         trainer = Trainer(decoder, config, mesh)
