@@ -28,7 +28,7 @@ MODELS = Path(__file__).parents[1] / "data" / "models"
 def config(micro_config):
     """Six steps on eight devices, of 8 rows and then 16, with a moving average; a dense layer, and the MTP module, which is a MoE layer.
 
-    One of each is enough: to a run all weights are alike. Those of tests/test_train_command.py have MoE layers beside the module.
+    One of each is enough: to a run all weights are alike. Runs of tests/test_train_command.py have a MoE layer beside the module.
     """
     base = micro_config(keep_checkpoints=10, mesh="data=8", batch_size=16, batch_ramp_from=8, batch_ramp_end=0.3)
     model = dataclasses.replace(base.model, num_hidden_layers=1)
