@@ -51,8 +51,8 @@ def pytest_collection_finish():
 
 
 # Files that take half a minute or more, the longest first
-LONG = ["run", "step", "exchange", "train_command", "executor", "recipes", "weights", "http", "engine", "mesh", "speculation"]
-LONG += ["loss", "products", "reference_models", "spread"]
+LONG = ["train_command", "products", "speculation", "recipes", "engine", "run", "mesh", "exchange", "http", "executor", "step"]
+LONG += ["reference_models", "loss", "weights", "spread"]
 
 
 def pytest_collection_modifyitems(items):
