@@ -68,11 +68,14 @@ def test_metrics_and_first_moments_are_the_loss_s(setup, whole):
 
 
 @pytest.mark.parametrize("recipe", [BF16, FP8_REFERENCE])
-def test_what_is_made_of_the_weights_once_a_step_is_what_products_make_of_them(setup, recipe):
-    """The loss of four microbatches, bit for bit, and their gradients, to the order of float32 sums: without forms, of stacks in a loop."""
-    decoder, config, params, batch = setup
-    decoder, count, balance = Decoder(decoder.config, recipe), 4, config.optimizer.balance_loss_weight
-    trainer, (weights, biases) = Trainer(decoder, config), router_bias.split(params)
+def test_what_is_made_of_the_weights_once_a_step_is_what_products_make_of_them(setup, micro_model, recipe):
+    """The loss of four microbatches, bit for bit, and their gradients, to the order of float32 sums: without forms, of stacks in a loop.
+
+    Of every kind of layer, a dense one too.
+    """
+    _, config, _, batch = setup
+    decoder, count, balance = Decoder(micro_model, recipe), 4, config.optimizer.balance_loss_weight
+    trainer, (weights, biases) = Trainer(decoder, config), router_bias.split(draw.parameters(decoder))
     over = jax.tree.map(lambda n: n / count, loss.num_targets(batch))
 
     def one(weights, microbatch):
