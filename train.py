@@ -18,7 +18,7 @@ import tyro
 
 from dsv3_jax import command_line, recipes
 from dsv3_jax.config import TrainConfig, did_you_mean
-from dsv3_jax.errors import UserError, check_devices
+from dsv3_jax.errors import UserError
 from dsv3_jax.parallel import processes
 
 
@@ -61,7 +61,7 @@ def train(argv: list[str]) -> int:
         argv = argv[: argv.index("--coordinator")]  # of a supervised process: the command that is shown is the user's
     set_environment(command)  # JAX reads it when it is first imported
     processes.join(command.coordinator, command.num_processes, command.process_id)
-    check_devices()
+    command_line.check_backend()
 
     if command.dry_run:
         import jax

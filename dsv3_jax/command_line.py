@@ -40,6 +40,20 @@ def parsed(parse: Callable[[], Any]) -> Any:
         raise UserError(f"{message} (--help lists the options)") from None
 
 
+def check_backend() -> None:
+    """Raises UserError where JAX starts no backend, as where JAX_PLATFORMS names devices that are not here."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())
+        raise UserError(
+            f"JAX finds no device with JAX_PLATFORMS={platforms!r}{f' ({reason})' if reason else ''}: leave it unset, or install the extra "
+            "`cuda` on a machine with GPUs"
+        ) from error
+
+
 def check_file(path: Path, what: str) -> None:
     """Raises UserError, which says what to give, where it is no file."""
     if not path.is_file():

@@ -1,7 +1,6 @@
 """The one exception that users are meant to see."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 
@@ -20,20 +19,6 @@ def full_memory_told(fix: str) -> Iterator[None]:
         if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):  # of a GPU, of a CPU
             raise
         raise UserError(f"the memory of the device is full: {fix}") from error
-
-
-def check_devices() -> None:
-    """Raises UserError where JAX starts no backend, as where JAX_PLATFORMS names devices that are not here."""
-    import jax
-
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        platforms, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())
-        raise UserError(
-            f"JAX finds no device with JAX_PLATFORMS={platforms!r}{f' ({reason})' if reason else ''}: leave it unset, or install the extra "
-            "`cuda` on a machine with GPUs"
-        ) from error
 
 
 def needs_extra(what: str, extra: str) -> UserError:

@@ -11,8 +11,8 @@ import rich.console
 import rich.progress
 
 from dsv3_jax import compilation_cache
-from dsv3_jax.command_line import check_file
-from dsv3_jax.errors import UserError, check_devices, full_memory_told, needs_extra
+from dsv3_jax.command_line import check_backend, check_file
+from dsv3_jax.errors import UserError, full_memory_told, needs_extra
 from dsv3_jax.serving.batch import REQUESTS, run_batch
 from dsv3_jax.serving.engine import Engine, check_drafts
 from dsv3_jax.serving.openai import CHAT, COMPLETIONS, Api, validate
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
 
 def _run(options: argparse.Namespace, make_engine: Callable[[], Engine]) -> int:
     check_drafts(options.speculate)
-    check_devices()
+    check_backend()
     if options.bench:
         from dsv3_jax.serving import bench
 
